@@ -1,0 +1,771 @@
+"""PPO for language models: TRL's `GRPOTrainer` with the critic put back.
+
+The formulas come first, as pure functions over `(batch, tokens)` tensors; then `PPOConfig`; then `PPOTrainer`, which
+overrides the few hooks of its parent in which PPO differs. Everything else (generation, reward functions, PEFT,
+DeepSpeed/FSDP, logging, checkpoints) is TRL's and transformers'. The hooks are private, so `trl` is pinned exactly.
+
+Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded). A `mask` of shape (B, C) is 1
+on the tokens that count: the completion's own, its end token included.
+
+Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020 (2009.01325),
+Huang et al. 2024 (2403.17031).
+"""
+
+import functools
+import inspect
+import json
+import math
+import os
+import time
+import types
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GenerationConfig
+from transformers.utils import ModelOutput
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    disable_dropout_in_model,
+    get_callable_name,
+    is_async_callable,
+    pad,
+    use_adapter,
+)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Formulas
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def kl_estimate(logprobs, ref_logprobs, estimator="k1"):
+    """Per-token estimate of KL(policy‖reference) on tokens that the policy sampled, in nats; (B, C) → (B, C).
+
+    `k1` is unbiased and may be negative; `k3` is unbiased, non-negative and of lower variance
+    (Schulman, "Approximating KL Divergence", 2020).
+    """
+    log_ratio = ref_logprobs - logprobs
+    return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """r_t = −β·kl_t, plus the score on the last token that counts; scores (B,), kl and mask (B, C) → (B, C)."""
+    rewards = -kl_coef * kl * mask
+    last = mask.sum(1).long() - 1
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438) over the tokens that count.
+
+    A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t, and V = A = 0 after the last token.
+    All (B, C); returns `(advantages, returns)`, both 0 where the mask is.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantage = next_value = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = advantage
+    return advantages, advantages + values
+
+
+def whiten(x, mask, shift_mean=True, reduce=lambda sums: sums):
+    """Scale `x` (B, C) to unit variance, and to zero mean if asked, over the tokens that count on every rank.
+
+    `reduce` sums a tensor over ranks. The variance is the unbiased one (n − 1).
+    """
+    total, count = reduce(torch.stack([(x * mask).sum(), mask.sum()]))
+    mean = total / count
+    variance = reduce(((x - mean) ** 2 * mask).sum()) / (count - 1).clamp(min=1)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def clipped_policy_loss(logprobs, old_logprobs, advantages, epsilon_low=0.2, epsilon_high=0.2):
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated; (B, C) → per-token loss and where it clipped."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return torch.max(unclipped, clipped), (clipped > unclipped).float()
+
+
+def clipped_value_loss(values, old_values, returns, cliprange=0.2):
+    """½·max of the squared error and that of the value held within `cliprange` of the old one; (B, C) per token."""
+    clipped_values = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
+    return 0.5 * torch.max(unclipped, clipped), (clipped > unclipped).float()
+
+
+def next_kl_coef(kl_coef, kl, target, horizon, n):
+    """β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon) after n episodes of mean KL `kl` (Ziegler et al. 2019, §2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * n / horizon)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Log-probabilities and values, from one forward pass
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoredTokens(ModelOutput):
+    """What a scoring pass returns for the completion's tokens, all (B, C) and 0 where the attention mask is 0."""
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+
+class ValueHead(nn.Linear):
+    """V(s_t) from the policy's own last hidden state; weights from N(0, 1/√(d+1)), bias 0 (Huang et al. 2024)."""
+
+    def __init__(self, hidden_size, seed=0):
+        super().__init__(hidden_size, 1)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed)
+            self.weight.copy_(torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1))
+            self.bias.zero_()
+
+    def forward(self, hidden_states, **model_inputs):
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states.float()).squeeze(-1)
+
+
+class ValueModel(nn.Module):
+    """A critic of its own, initialised from a causal sequence classifier with one label, usually the reward model.
+
+    Raises `ValueError` where the classifier is not causal (it would see the future), has several labels, or reads
+    another vocabulary than the policy's.
+    """
+
+    def __init__(self, path, vocab_size, **init_kwargs):
+        super().__init__()
+        classifier = AutoModelForSequenceClassification.from_pretrained(path, **init_kwargs)
+        head = getattr(classifier, "score", None)
+        if head is None or head.out_features != 1:
+            raise ValueError(f"value_model_path: '{path}' is not a causal sequence classifier with one label")
+        if classifier.config.vocab_size != vocab_size:
+            raise ValueError(
+                f"value_model_path: '{path}' has a vocabulary of {classifier.config.vocab_size} tokens, the policy one "
+                f"of {vocab_size}; the critic reads the policy's tokens, so train it with the policy's tokenizer"
+            )
+        self.trunk, self.head = classifier.base_model, head
+        disable_dropout_in_model(self.trunk)
+
+    def forward(self, hidden_states, **model_inputs):
+        num_scored = hidden_states.size(1)
+        own_states = self.trunk(**model_inputs, use_cache=False).last_hidden_state[:, -num_scored - 1 : -1]
+        return self.head(own_states).squeeze(-1).float()
+
+
+def add_scoring_forward(model, temperature=1.0):
+    """Teach a causal LM to score completions: `model(input_ids, attention_mask, num_completion_tokens=C)`.
+
+    That call returns `ScoredTokens`; any other call is unchanged, so that `generate` is too. Position ids come from
+    the attention mask, so left padding changes no log-probability. Only the hidden states that predict completion
+    tokens reach the LM head, which TRL applies in chunks: logits of the rollout × vocabulary are never held. Values
+    come from `model.critic`, if there is one, on the same hidden states.
+    """
+    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, num_completion_tokens=None, **kwargs):
+        if num_completion_tokens is None:
+            return fused_forward(*args, **kwargs)
+        return _score_completions(self, fused_forward, num_completion_tokens, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+def _score_completions(model, fused_forward, num_completion_tokens, input_ids, attention_mask, **_):
+    hidden_states = None
+
+    def keep_completion(module, args, output):
+        nonlocal hidden_states
+        hidden_states = output.last_hidden_state[:, -num_completion_tokens - 1 : -1]
+        output["last_hidden_state"] = hidden_states
+        return output
+
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    completion = slice(-num_completion_tokens, None)
+    labels = input_ids[:, completion].masked_fill(attention_mask[:, completion] == 0, -100)
+    hook = model.base_model.register_forward_hook(keep_completion)
+    try:
+        scored = fused_forward(**inputs, shift_labels=labels, fused_lm_head=True)
+    finally:
+        hook.remove()
+    critic = getattr(model, "critic", None)
+    values = None if critic is None else critic(hidden_states, **inputs) * attention_mask[:, completion]
+    return ScoredTokens(log_probs=scored.log_probs, entropy=scored.entropy, values=values)
+
+
+def pad_batch(prompt_ids, completion_ids, pad_token_id):
+    """Lists of token ids → `input_ids` and `attention_mask` (B, P+C), `completion_mask` (B, C)."""
+
+    def stack(rows, value, side):
+        return pad([torch.as_tensor(row, dtype=torch.long) for row in rows], padding_value=value, padding_side=side)
+
+    def ones(rows):
+        return [[1] * len(row) for row in rows]
+
+    completion_mask = stack(ones(completion_ids), 0, "right")
+    return {
+        "input_ids": torch.cat(
+            [stack(prompt_ids, pad_token_id, "left"), stack(completion_ids, pad_token_id, "right")], dim=1
+        ),
+        "attention_mask": torch.cat([stack(ones(prompt_ids), 0, "left"), completion_mask], dim=1),
+        "completion_mask": completion_mask,
+    }
+
+
+def take_rows(batch, rows):
+    """The given rows of a padded batch, without the columns that are padding in all of them."""
+    batch = {name: tensor[rows] for name, tensor in batch.items()}
+    width = batch["completion_mask"].size(1)
+    longest = int(batch["completion_mask"].sum(1).max())
+    left = int(batch["attention_mask"].argmax(1).min())
+    end = batch["input_ids"].size(1) - (width - longest)
+    return {
+        name: tensor[:, left:end] if name in ("input_ids", "attention_mask") else tensor[:, :longest]
+        for name, tensor in batch.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """`GRPOConfig` for PPO. One rollout is `per_device_train_batch_size × gradient_accumulation_steps ×
+    num_mini_batches` completions on each rank, one for each prompt; it is followed by `num_iterations` PPO epochs of
+    `num_mini_batches` optimiser steps each.
+
+    Raises `ValueError`, naming the setting, for a value that cannot work or a GRPO setting that means nothing here.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of AdamW."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW; PPO implementations use 1e-5."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimiser steps per PPO epoch."})
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Completions to sample in all; sets `max_steps`, in whole rollouts."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "β, the price of KL inside the reward, per nat."})
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "Per-token KL estimate in the reward.", "choices": ["k1", "k3"]}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Adapt β towards this KL per sequence, in nats; fixed β if not set."}
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which an adaptive β reacts."})
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Skip the rest of a rollout's epochs once approxkl (new against old policy) passes this."},
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE, per token."})
+    lam: float = field(default=0.95, metadata={"help": "λ of GAE."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Scale per-token rewards to unit variance; the mean stays."}
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a completion without an end token."}
+    )
+    score_norm: bool = field(
+        default=False, metadata={"help": "Normalise scores by their running mean and standard deviation."}
+    )
+    score_clip: float | None = field(default=None, metadata={"help": "Clip scores to ± this, after normalising."})
+    value_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Causal sequence classifier to start a separate critic from; value head if not set."},
+    )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic's own weights; `learning_rate` if not set."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Always: sampling and scoring must agree."})
+    num_generations: int = field(default=1, metadata={"help": "PPO samples one completion for each prompt."})
+    num_generations_eval: int = field(default=1, metadata={"help": "One completion for each held-out prompt."})
+    beta: float = field(default=1.0, metadata={"help": "Not PPO's; non-zero, so that the parent loads the reference."})
+
+    # GRPO's settings that mean nothing to PPO, and what to use instead. `recipe_args` leaves them out of --help.
+    REFUSED: ClassVar[dict[str, str]] = {
+        "beta": "use kl_coef",
+        "num_generations": "PPO samples one completion for each prompt",
+        "num_generations_eval": "PPO samples one completion for each prompt",
+        "generation_batch_size": "use num_mini_batches and gradient_accumulation_steps",
+        "steps_per_generation": "use num_mini_batches",
+        "disable_dropout": "with dropout, sampling and scoring would disagree",
+        "scale_rewards": "use whiten_rewards or score_norm",
+        "multi_objective_aggregation": "scores are summed with reward_weights",
+        "loss_type": "the loss is PPO's",
+        "importance_sampling_level": "PPO's ratio is per token",
+        "use_bias_correction_kl": "use kl_estimator",
+        "mask_truncated_completions": "use missing_eos_penalty",
+        **dict.fromkeys(("entropy_coef", "top_entropy_quantile"), "PPO here has no entropy term"),
+        **dict.fromkeys(
+            ("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+            "PPO here has no entropy term",
+        ),
+        **dict.fromkeys(
+            ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), "the reference stays as it is"
+        ),
+        **dict.fromkeys(
+            (
+                "delta",
+                "sapo_temperature_neg",
+                "sapo_temperature_pos",
+                "vespo_k_pos",
+                "vespo_lambda_pos",
+                "vespo_k_neg",
+                "vespo_lambda_neg",
+                "off_policy_mask_threshold",
+                "router_aux_loss_coef",
+            ),
+            "it belongs to a loss other than PPO's",
+        ),
+        **dict.fromkeys(
+            (
+                "vllm_importance_sampling_correction",
+                "vllm_importance_sampling_mode",
+                "vllm_importance_sampling_clip_max",
+                "vllm_importance_sampling_clip_min",
+                "vllm_importance_sampling_cap",
+            ),
+            "old log-probabilities are always the trainer's own",
+        ),
+        "max_tool_calling_iterations": "tools are not supported",
+        "use_transformers_paged": "use use_transformers_continuous_batching",
+        "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}',
+    }
+
+    def __post_init__(self):
+        for setting in fields(self):
+            advice = self.REFUSED.get(setting.name)
+            if advice and getattr(self, setting.name) != setting.default:
+                raise ValueError(f"{setting.name}: not a setting of PPO; {advice}")
+        self._check_ranges()
+        self.steps_per_generation = self.gradient_accumulation_steps * self.num_mini_batches
+        local_rollout = self.per_device_train_batch_size * self.steps_per_generation
+        if local_rollout < 2:
+            raise ValueError("per_device_train_batch_size: a rollout of 1 completion has no variance to whiten; use 2")
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "objective/scores"
+        self.vllm_importance_sampling_correction = False
+        # The parent insists on groups of two and more: show it one group the size of the rollout.
+        self.num_generations = local_rollout
+        super().__post_init__()
+        self.num_generations = 1
+        if self.total_episodes is not None:
+            rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
+            self.max_steps = rollouts * self.num_iterations * self.num_mini_batches
+
+    def _check_ranges(self):
+        for name in ("num_iterations", "num_mini_batches", "kl_horizon", "temperature", "max_completion_length"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be positive")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
+        for name in ("kl_target", "target_kl", "score_clip", "total_episodes", "value_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be positive, or null")
+        for name in ("kl_coef", "vf_coef", "cliprange_value", "epsilon"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must not be negative")
+        if self.kl_estimator not in ("k1", "k3"):
+            raise ValueError(f"kl_estimator: '{self.kl_estimator}' must be 'k1' or 'k3'")
+        if self.total_episodes is not None and self.max_steps > 0:
+            raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The trainer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class PPOTrainer(GRPOTrainer):
+    """Actor-critic PPO on TRL's `GRPOTrainer`, whose arguments it takes.
+
+    `reward_funcs` are plain functions with TRL's signature, `f(prompts, completions, **columns) -> list[float]`; wrap
+    a sequence classifier in `rewards.RewardModel`. The critic is a value head on the policy's trunk, or a model of its
+    own from `args.value_model_path`; it is saved as `critic.safetensors` beside the policy, which loads without it.
+
+    Raises `ValueError`, before any model loads, if the dataset is less than one rollout or a reward is no function.
+    """
+
+    _name = "PPO"
+    _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+
+    def __init__(self, model, reward_funcs, args, train_dataset, **kwargs):
+        if hasattr(train_dataset, "__len__") and len(train_dataset) < args.generation_batch_size:
+            raise ValueError(
+                f"train_dataset: {len(train_dataset)} prompts, but one rollout takes {args.generation_batch_size}; add "
+                "prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches"
+            )
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        super().__init__(model, [checked(f) for f in reward_funcs], args, train_dataset, **kwargs)
+        end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
+        self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
+        add_scoring_forward(self._policy, self.temperature)
+        if self.ref_model is not None:
+            add_scoring_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
+        self._policy.critic = self._make_critic().to(self.accelerator.device)
+        self.kl_coef = args.kl_coef
+        self.score_moments = [0.0, 0.0, 0.0]  # count, mean, sum of squared deviations
+        self._rollout = None
+        self._mini_batch_kl, self._skip_epochs = 0.0, False  # for target_kl
+        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def _make_critic(self):
+        config = self._policy.config.get_text_config()
+        if self.args.value_model_path is None:
+            return ValueHead(config.hidden_size, self.args.seed)
+        return ValueModel(self.args.value_model_path, config.vocab_size, dtype=torch.float32)
+
+    @property
+    def _policy(self):
+        """The causal LM itself, out of DDP's, FSDP's or PEFT's wrapper."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    # -- Rollout ---------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        """The next micro-batch: a new rollout every `num_iterations` epochs, new mini-batches every epoch."""
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        steps_per_epoch = self.args.steps_per_generation
+        if self._rollout is None or self._step % (steps_per_epoch * self.num_iterations) == 0:
+            self._rollout, self._skip_epochs = self._generate_and_score_completions(generation_batch), False
+        if self._buffered_inputs is None or self._step % steps_per_epoch == 0:
+            self._buffered_inputs = self._split(self._rollout)
+        return self._buffered_inputs[self._step % steps_per_epoch]
+
+    def _split(self, rollout):
+        """Random mini-batches; in each, micro-batches of like length, trimmed, that know its number of tokens."""
+        lengths, tokens = rollout["attention_mask"].sum(1), rollout["completion_mask"].sum(1)
+        mini_batches = torch.randperm(len(lengths)).to(lengths.device).chunk(self.args.num_mini_batches)
+        counts = self._sum_over_ranks(torch.stack([tokens[rows].sum() for rows in mini_batches]).float())
+        return [
+            {**take_rows(rollout, micro_rows), "num_tokens": count}
+            for rows, count in zip(mini_batches, counts, strict=True)
+            for micro_rows in rows[lengths[rows].argsort()].split(self.args.per_device_train_batch_size)
+        ]
+
+    def _generate_single_turn(self, *args, **kwargs):
+        """Sample from the trainer's settings alone: `generate` fills what they leave open from the model's own."""
+        policy = self._policy
+        saved, policy.generation_config = policy.generation_config, GenerationConfig()
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            policy.generation_config = saved
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        prompts = [example["prompt"] for example in inputs]
+
+        # 1. Sample a completion for each prompt.
+        started = time.perf_counter()
+        prompt_ids, completion_ids, _, completions, *_ = self._generate(prompts)
+        batch = pad_batch(prompt_ids, completion_ids, self._tokenizer.pad_token_id)
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        mask = batch["completion_mask"]
+        generated = time.perf_counter()
+
+        # 2. Log-probabilities and values under the policy, log-probabilities under the reference.
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            policy = self._score(self.model, batch)
+            reference = self._score_reference(batch)
+
+        # 3. Scores.
+        finished = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids], device=mask.device)
+        raw_scores = self._weighted_scores(inputs, prompts, completions, completion_ids)
+        scores = self._shape_scores(raw_scores, finished, mode)
+
+        # 4. The price of KL, and the score on the last token.
+        kl = kl_estimate(policy.log_probs, reference.log_probs, self.args.kl_estimator) * mask
+        rewards = token_rewards(scores, kl, mask, self.kl_coef)
+        sequence_reward = rewards.sum(1)
+        if self.args.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_ranks)
+
+        # 5. Advantages and returns.
+        advantages, returns = gae(rewards, policy.values, mask, self.args.gamma, self.args.lam)
+        scored = time.perf_counter()
+
+        non_score_reward = -self.kl_coef * kl.sum(1)
+        self._track("objective/kl", kl.sum(1))
+        self._track("objective/entropy", -policy.log_probs.sum(1))
+        self._track("objective/scores", raw_scores)
+        self._track("objective/non_score_reward", non_score_reward)
+        self._track("objective/rlhf_reward", sequence_reward)
+        self._track("objective/missing_eos", (~finished).float())
+        self._track("objective/kl_coef", torch.full_like(raw_scores, self.kl_coef))
+        self._track("val/explained_variance", self._explained_variance(policy.values, returns, mask)[None])
+        self._track("time/generate", mask.new_tensor([generated - started], dtype=torch.float))
+        self._track("time/score", mask.new_tensor([scored - generated], dtype=torch.float))
+        if mode == "train" and self.args.kl_target is not None:
+            self._adapt_kl_coef(kl.sum(1))
+        return {
+            **batch,
+            "old_logprobs": policy.log_probs,
+            "old_values": policy.values,
+            "advantages": whiten(advantages, mask, reduce=self._sum_over_ranks),
+            "returns": returns,
+        }
+
+    def _score(self, model, batch):
+        """`ScoredTokens` of a whole rollout, in micro-batches of like length."""
+        shape = batch["completion_mask"].shape
+        total = {}
+        for rows in batch["attention_mask"].sum(1).argsort().split(self.args.per_device_train_batch_size):
+            scored = self._forward(model, take_rows(batch, rows))
+            for name, tensor in scored.items():
+                total.setdefault(name, tensor.new_zeros(shape))[rows, : tensor.size(1)] = tensor
+        return ScoredTokens(**total)
+
+    def _forward(self, model, batch):
+        with self.accelerator.autocast():
+            scored = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                num_completion_tokens=batch["completion_mask"].size(1),
+            )
+        return ScoredTokens(**{name: tensor.float() for name, tensor in scored.items()})
+
+    def _score_reference(self, batch):
+        """The reference is a frozen copy or, with PEFT, the policy with its adapter off (or as it was loaded)."""
+        if self.ref_model is not None:
+            return self._score(self.ref_model, batch)
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return self._score(self.model, batch)
+
+    def _weighted_scores(self, inputs, prompts, completions, completion_ids):
+        """Σ_k w_k·r_k for this rank's completions (B,); a reward function that says None has no say in a sample."""
+        per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)  # over all ranks (N, K)
+        start = self.accelerator.process_index * len(prompts)
+        per_func = per_func[start : start + len(prompts)]
+        for name, column in zip(self.reward_func_names, per_func.T, strict=True):
+            self._track(f"rewards/{name}", column.nan_to_num(), (~column.isnan()).float())
+        silent = per_func.isnan().all(1).nonzero()
+        if len(silent):
+            raise ValueError(f"reward_funcs: every one returned None for sample {silent[0].item()} of the rollout")
+        return (per_func * self.reward_weights.to(per_func.device)).nansum(1)
+
+    def _shape_scores(self, scores, finished, mode):
+        """The missing-EOS rule, then normalisation by the running moments, then clipping; (B,) → (B,)."""
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~finished
+        if self.args.score_norm:
+            if mode == "train":
+                self._update_score_moments(scores)
+            count, mean, squares = self.score_moments
+            scores = (scores - mean) / max(math.sqrt(squares / max(count - 1, 1)), 1e-8)
+        if self.args.score_clip is not None:
+            scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
+        return scores
+
+    def _update_score_moments(self, scores):
+        """Merge this rollout's count, mean and squared deviations into the running ones (Chan et al. 1979)."""
+        new_count, total = self._sum_over_ranks(torch.stack([torch.ones_like(scores).sum(), scores.sum()])).tolist()
+        new_mean = total / new_count
+        new_squares = self._sum_over_ranks(((scores - new_mean) ** 2).sum()).item()
+        count, mean, squares = self.score_moments
+        merged = count + new_count
+        shift = new_mean - mean
+        self.score_moments = [
+            merged,
+            mean + shift * new_count / merged,
+            squares + new_squares + shift**2 * count * new_count / merged,
+        ]
+
+    def _adapt_kl_coef(self, sequence_kl):
+        total, n = self._sum_over_ranks(torch.stack([sequence_kl.sum(), torch.ones_like(sequence_kl).sum()])).tolist()
+        self.kl_coef = next_kl_coef(self.kl_coef, total / n, self.args.kl_target, self.args.kl_horizon, n)
+
+    # -- Update ----------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        """Clipped policy loss + `vf_coef` × clipped value loss, means over the mini-batch's tokens on all ranks."""
+        mask, advantages = inputs["completion_mask"], inputs["advantages"]
+        scored = self._forward(model, inputs)
+        policy_loss, policy_clipped = clipped_policy_loss(
+            scored.log_probs, inputs["old_logprobs"], advantages, self.epsilon_low, self.epsilon_high
+        )
+        value_loss, value_clipped = clipped_value_loss(
+            scored.values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        )
+        # DDP averages gradients over ranks, hence its factor; micro-batches and ranks then add up to the mini-batch.
+        share = self.accelerator.num_processes / inputs["num_tokens"]
+        loss = ((policy_loss + self.args.vf_coef * value_loss) * mask).sum() * share
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; no step was taken")
+        with torch.no_grad():
+            log_ratio = scored.log_probs - inputs["old_logprobs"]
+            self._mini_batch_kl += (0.5 * log_ratio**2 * mask).sum() / inputs["num_tokens"]
+            self._track("policy/approxkl_avg", 0.5 * log_ratio**2, mask)
+            self._track("policy/clipfrac_avg", policy_clipped, mask)
+            self._track("policy/entropy_avg", scored.entropy, mask)
+            self._track("loss/policy_avg", policy_loss, mask)
+            self._track("loss/value_avg", value_loss, mask)
+            self._track("val/clipfrac_avg", value_clipped, mask)
+            self._track("val/ratio", log_ratio.exp(), mask)
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch; nothing once this rollout's updates have moved the policy further than `target_kl`."""
+        if self._skip_epochs and self._step % (self.args.steps_per_generation * self.num_iterations):
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.target_kl is not None and self.accelerator.sync_gradients:
+            moved = self._sum_over_ranks(self._mini_batch_kl).item()
+            self._mini_batch_kl, self._skip_epochs = 0.0, moved > self.args.target_kl
+            if self._skip_epochs:  # without gradients AdamW leaves a parameter as it is
+                model.zero_grad(set_to_none=True)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer's gradient norm; stops before the step if it is not finite (fp16's loss scaler skips such a step)."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm} at step {self.state.global_step}; no step was taken"
+            )
+        return grad_norm
+
+    def create_optimizer(self, model=None):
+        """Trainer's optimiser, with the critic's own weights in a group of their own if they have a learning rate."""
+        optimizer = super().create_optimizer(model)
+        if self.args.value_learning_rate is not None:
+            critic = {id(parameter) for parameter in self._policy.critic.parameters()}
+            own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in critic]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in critic]
+            optimizer.add_param_group({"params": own, "lr": self.args.value_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluation samples and scores held-out prompts; there is no loss to report."""
+        self._prepare_inputs(inputs)
+        return None, None, None
+
+    # -- Metrics ---------------------------------------------------------------------------------------------
+
+    def _sum_over_ranks(self, tensor):
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _track(self, name, values, mask=None):
+        """Add to the running mean of a metric over what counts; `log` sums over ranks once."""
+        mode = "train" if self.model.training else "eval"
+        if mask is None:
+            values = self.accelerator.gather_for_metrics(values)  # without the samples that only fill up a last batch
+            mask = torch.ones_like(values)
+        self._sums[mode][name] = self._sums[mode][name] + torch.stack([(values * mask).sum(), mask.sum()]).double()
+
+    def _explained_variance(self, values, returns, mask):
+        """1 − Var(returns − values) / Var(returns) over this rank's tokens."""
+        real = mask.bool()
+        return 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-8)
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        for name, sums in self._sums[mode].items():
+            total, count = self._sum_over_ranks(sums).tolist()
+            self._metrics[mode][name] = [total / count]
+        self._sums[mode].clear()
+        super().log(logs, start_time)
+
+    # -- Saving and loading ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _without_critic(self):
+        """The policy alone, so that what is written loads as a plain causal LM, and loads without a warning."""
+        policy = self._policy
+        critic = policy._modules.pop("critic")
+        try:
+            yield critic
+        finally:
+            policy.critic = critic
+
+    def _save(self, output_dir=None, state_dict=None):
+        output_dir = output_dir or self.args.output_dir
+        with self._without_critic() as critic:
+            critic_state = critic.state_dict()
+            if state_dict is not None:  # gathered by FSDP or DeepSpeed, critic included
+                critic_state = {k.rpartition("critic.")[2]: v for k, v in state_dict.items() if "critic." in k}
+                state_dict = {k: v for k, v in state_dict.items() if "critic." not in k}
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            critic_state = {name: tensor.contiguous().cpu() for name, tensor in critic_state.items()}
+            save_file(critic_state, os.path.join(output_dir, "critic.safetensors"))
+            with open(os.path.join(output_dir, "ppo_state.json"), "w") as file:
+                json.dump({"kl_coef": self.kl_coef, "score_moments": self.score_moments}, file)
+
+    def _load_critic(self, folder):
+        self._policy.critic.load_state_dict(load_file(os.path.join(folder, "critic.safetensors")))
+        with open(os.path.join(folder, "ppo_state.json")) as file:
+            self.__dict__.update(json.load(file))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with self._without_critic():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_critic(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        with self._without_critic():
+            super()._load_best_model()
+        self._load_critic(self.state.best_model_checkpoint)
+
+
+def checked(reward_func):
+    """`reward_func`, with its output checked: a `ValueError` names the function, and the sample or both counts."""
+    if not callable(reward_func) or isinstance(reward_func, nn.Module):
+        raise ValueError(
+            f"reward_funcs: {reward_func if isinstance(reward_func, str) else type(reward_func).__name__} is not a "
+            "function; wrap a sequence classifier in rewards.RewardModel(path)"
+        )
+    name = get_callable_name(reward_func)
+
+    def check(scores, prompts, completions):
+        if len(scores) != len(completions):
+            raise ValueError(f"reward function '{name}' returned {len(scores)} scores, not {len(completions)}")
+        scores = [None if score is None else float(score) for score in scores]
+        for i, score in enumerate(scores):
+            if score is not None and not math.isfinite(score):
+                raise ValueError(
+                    f"reward function '{name}' returned {score} for sample {i}: "
+                    f"prompt {str(prompts[i])[:80]!r}, completion {str(completions[i])[:80]!r}"
+                )
+        return scores
+
+    def call(prompts, completions, **columns):
+        return check(reward_func(prompts=prompts, completions=completions, **columns), prompts, completions)
+
+    async def call_async(prompts, completions, **columns):
+        return check(await reward_func(prompts=prompts, completions=completions, **columns), prompts, completions)
+
+    call = call_async if is_async_callable(reward_func) else call
+    call.__name__ = name
+    return call
