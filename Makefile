@@ -18,3 +18,16 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+
+# Data, language model, reward model, PPO and report of the toy reviews; offline once installed.
+demo: export HF_HUB_OFFLINE = 1
+demo: .venv/.installed
+	$(BIN)/python data_prep/toy_reviews.py
+	$(LAUNCH) recipes/sentiment_gpt2_sft.py --config recipes/sentiment_gpt2_sft_tiny.yaml
+	$(LAUNCH) recipes/sentiment_gpt2_reward.py --config recipes/sentiment_gpt2_reward_tiny.yaml
+	$(LAUNCH) recipes/sentiment_gpt2_ppo.py --config recipes/sentiment_gpt2_ppo_tiny.yaml
+	$(BIN)/python -m eval.compare --base runs/tiny/sft --tuned runs/tiny/ppo --prompts data/toy_reviews/prompts \
+		--reward reward_model=runs/tiny/reward --reward lexicon=data_prep.toy_reviews:lexicon_score \
+		--output runs/tiny/report --overwrite

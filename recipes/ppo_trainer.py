@@ -27,18 +27,18 @@ import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoModelForSequenceClassification, GenerationConfig, ProgressCallback
 from transformers.utils import ModelOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     add_fused_lm_head,
     disable_dropout_in_model,
-    get_callable_name,
-    is_async_callable,
     pad,
     use_adapter,
 )
+
+from rewards import checked
 
 # ---------------------------------------------------------------------------------------------------------------
 # Formulas
@@ -251,6 +251,29 @@ def take_rows(batch, rows):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+# GRPO's settings that mean nothing to PPO, by what to use instead. `recipe_args` leaves them out of --help.
+NOT_PPO = {
+    "use kl_coef": "beta",
+    "PPO samples one completion for each prompt": "num_generations num_generations_eval",
+    "use num_mini_batches and gradient_accumulation_steps": "generation_batch_size steps_per_generation",
+    "with dropout, sampling and scoring would disagree": "disable_dropout",
+    "use whiten_rewards or score_norm": "scale_rewards",
+    "scores are summed with reward_weights": "multi_objective_aggregation",
+    "use kl_estimator": "use_bias_correction_kl",
+    "use missing_eos_penalty": "mask_truncated_completions",
+    "the loss is PPO's": "loss_type importance_sampling_level delta off_policy_mask_threshold router_aux_loss_coef "
+    "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
+    "PPO here has no entropy term": "entropy_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min "
+    "entropy_coef_max entropy_coef_delta entropy_target",
+    "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+    "old log-probabilities are the trainer's own": "vllm_importance_sampling_correction vllm_importance_sampling_cap "
+    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
+    "tools are not supported": "max_tool_calling_iterations",
+    "use use_transformers_continuous_batching": "use_transformers_paged",
+    'use model_init_kwargs={"use_kernels": True}': "use_liger_kernel",
+}
+
+
 @dataclass
 class PPOConfig(GRPOConfig):
     """`GRPOConfig` for PPO. One rollout is `per_device_train_batch_size × gradient_accumulation_steps ×
@@ -305,56 +328,7 @@ class PPOConfig(GRPOConfig):
     num_generations_eval: int = field(default=1, metadata={"help": "One completion for each held-out prompt."})
     beta: float = field(default=1.0, metadata={"help": "Not PPO's; non-zero, so that the parent loads the reference."})
 
-    # GRPO's settings that mean nothing to PPO, and what to use instead. `recipe_args` leaves them out of --help.
-    REFUSED: ClassVar[dict[str, str]] = {
-        "beta": "use kl_coef",
-        "num_generations": "PPO samples one completion for each prompt",
-        "num_generations_eval": "PPO samples one completion for each prompt",
-        "generation_batch_size": "use num_mini_batches and gradient_accumulation_steps",
-        "steps_per_generation": "use num_mini_batches",
-        "disable_dropout": "with dropout, sampling and scoring would disagree",
-        "scale_rewards": "use whiten_rewards or score_norm",
-        "multi_objective_aggregation": "scores are summed with reward_weights",
-        "loss_type": "the loss is PPO's",
-        "importance_sampling_level": "PPO's ratio is per token",
-        "use_bias_correction_kl": "use kl_estimator",
-        "mask_truncated_completions": "use missing_eos_penalty",
-        **dict.fromkeys(("entropy_coef", "top_entropy_quantile"), "PPO here has no entropy term"),
-        **dict.fromkeys(
-            ("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
-            "PPO here has no entropy term",
-        ),
-        **dict.fromkeys(
-            ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), "the reference stays as it is"
-        ),
-        **dict.fromkeys(
-            (
-                "delta",
-                "sapo_temperature_neg",
-                "sapo_temperature_pos",
-                "vespo_k_pos",
-                "vespo_lambda_pos",
-                "vespo_k_neg",
-                "vespo_lambda_neg",
-                "off_policy_mask_threshold",
-                "router_aux_loss_coef",
-            ),
-            "it belongs to a loss other than PPO's",
-        ),
-        **dict.fromkeys(
-            (
-                "vllm_importance_sampling_correction",
-                "vllm_importance_sampling_mode",
-                "vllm_importance_sampling_clip_max",
-                "vllm_importance_sampling_clip_min",
-                "vllm_importance_sampling_cap",
-            ),
-            "old log-probabilities are always the trainer's own",
-        ),
-        "max_tool_calling_iterations": "tools are not supported",
-        "use_transformers_paged": "use use_transformers_continuous_batching",
-        "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}',
-    }
+    REFUSED: ClassVar[dict[str, str]] = {name: advice for advice, names in NOT_PPO.items() for name in names.split()}
 
     def __post_init__(self):
         for setting in fields(self):
@@ -396,6 +370,26 @@ class PPOConfig(GRPOConfig):
             raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
 
 
+class RolloutProgress(ProgressCallback):
+    """Trainer's progress bar, with a short line a log in place of the forty metrics that the loggers get."""
+
+    SHOWN: ClassVar[dict[str, str]] = {
+        "objective/scores": "score {:.3f}",
+        "objective/kl": "kl {:.2f}",
+        "completions/mean_length": "length {:.1f}",
+        "objective/kl_coef": "β {:.3f}",
+        "policy/entropy_avg": "entropy {:.2f}",
+        "val/explained_variance": "explained variance {:.2f}",
+    }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            for prefix, title in (("", "step"), ("eval_", "held-out, step")):
+                shown = [text.format(logs[prefix + name]) for name, text in self.SHOWN.items() if prefix + name in logs]
+                if shown:
+                    self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The trainer
 # ---------------------------------------------------------------------------------------------------------------
@@ -422,6 +416,12 @@ class PPOTrainer(GRPOTrainer):
                 "prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches"
             )
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        for reward_func in reward_funcs:
+            if not callable(reward_func) or isinstance(reward_func, nn.Module):
+                raise ValueError(
+                    f"reward_funcs: {reward_func!r:.60} is not a function; wrap a sequence classifier in "
+                    "rewards.RewardModel(path)"
+                )
         super().__init__(model, [checked(f) for f in reward_funcs], args, train_dataset, **kwargs)
         end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
         self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
@@ -429,8 +429,10 @@ class PPOTrainer(GRPOTrainer):
         if self.ref_model is not None:
             add_scoring_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
         self._policy.critic = self._make_critic().to(self.accelerator.device)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RolloutProgress())
         self.kl_coef = args.kl_coef
-        self.score_moments = [0.0, 0.0, 0.0]  # count, mean, sum of squared deviations
+        self.score_sums = [0.0, 0.0, 0.0]  # of 1, score and score², for score_norm
         self._rollout = None
         self._mini_batch_kl, self._skip_epochs = 0.0, False  # for target_kl
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -579,26 +581,16 @@ class PPOTrainer(GRPOTrainer):
             scores = scores - self.args.missing_eos_penalty * ~finished
         if self.args.score_norm:
             if mode == "train":
-                self._update_score_moments(scores)
-            count, mean, squares = self.score_moments
-            scores = (scores - mean) / max(math.sqrt(squares / max(count - 1, 1)), 1e-8)
+                moments = torch.stack([torch.ones_like(scores), scores, scores**2]).double().sum(1)
+                self.score_sums = [
+                    a + b for a, b in zip(self.score_sums, self._sum_over_ranks(moments).tolist(), strict=True)
+                ]
+            count, total, squares = self.score_sums
+            variance = (squares - total**2 / count) / max(count - 1, 1)
+            scores = (scores - total / count) / max(math.sqrt(max(variance, 0.0)), 1e-8)
         if self.args.score_clip is not None:
             scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
         return scores
-
-    def _update_score_moments(self, scores):
-        """Merge this rollout's count, mean and squared deviations into the running ones (Chan et al. 1979)."""
-        new_count, total = self._sum_over_ranks(torch.stack([torch.ones_like(scores).sum(), scores.sum()])).tolist()
-        new_mean = total / new_count
-        new_squares = self._sum_over_ranks(((scores - new_mean) ** 2).sum()).item()
-        count, mean, squares = self.score_moments
-        merged = count + new_count
-        shift = new_mean - mean
-        self.score_moments = [
-            merged,
-            mean + shift * new_count / merged,
-            squares + new_squares + shift**2 * count * new_count / merged,
-        ]
 
     def _adapt_kl_coef(self, sequence_kl):
         total, n = self._sum_over_ranks(torch.stack([sequence_kl.sum(), torch.ones_like(sequence_kl).sum()])).tolist()
@@ -721,7 +713,7 @@ class PPOTrainer(GRPOTrainer):
             critic_state = {name: tensor.contiguous().cpu() for name, tensor in critic_state.items()}
             save_file(critic_state, os.path.join(output_dir, "critic.safetensors"))
             with open(os.path.join(output_dir, "ppo_state.json"), "w") as file:
-                json.dump({"kl_coef": self.kl_coef, "score_moments": self.score_moments}, file)
+                json.dump({"kl_coef": self.kl_coef, "score_sums": self.score_sums}, file)
 
     def _load_critic(self, folder):
         self._policy.critic.load_state_dict(load_file(os.path.join(folder, "critic.safetensors")))
@@ -737,35 +729,3 @@ class PPOTrainer(GRPOTrainer):
         with self._without_critic():
             super()._load_best_model()
         self._load_critic(self.state.best_model_checkpoint)
-
-
-def checked(reward_func):
-    """`reward_func`, with its output checked: a `ValueError` names the function, and the sample or both counts."""
-    if not callable(reward_func) or isinstance(reward_func, nn.Module):
-        raise ValueError(
-            f"reward_funcs: {reward_func if isinstance(reward_func, str) else type(reward_func).__name__} is not a "
-            "function; wrap a sequence classifier in rewards.RewardModel(path)"
-        )
-    name = get_callable_name(reward_func)
-
-    def check(scores, prompts, completions):
-        if len(scores) != len(completions):
-            raise ValueError(f"reward function '{name}' returned {len(scores)} scores, not {len(completions)}")
-        scores = [None if score is None else float(score) for score in scores]
-        for i, score in enumerate(scores):
-            if score is not None and not math.isfinite(score):
-                raise ValueError(
-                    f"reward function '{name}' returned {score} for sample {i}: "
-                    f"prompt {str(prompts[i])[:80]!r}, completion {str(completions[i])[:80]!r}"
-                )
-        return scores
-
-    def call(prompts, completions, **columns):
-        return check(reward_func(prompts=prompts, completions=completions, **columns), prompts, completions)
-
-    async def call_async(prompts, completions, **columns):
-        return check(await reward_func(prompts=prompts, completions=completions, **columns), prompts, completions)
-
-    call = call_async if is_async_callable(reward_func) else call
-    call.__name__ = name
-    return call

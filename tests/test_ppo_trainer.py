@@ -640,7 +640,7 @@ def test_row_38_a_reward_function_with_too_few_values_is_named_with_both_counts(
     def short(completions, **columns):
         return [1.0] * (len(completions) - 1)
 
-    with pytest.raises(ValueError, match="'short' returned 3 scores, not 4"):
+    with pytest.raises(ValueError, match="'short' returned 3 values for 4 completions"):
         roll_out(make_trainer(gpt2_path, tmp_path, short))
 
 
@@ -654,12 +654,12 @@ def test_a_sample_that_one_reward_passes_over_is_scored_by_the_others_and_by_non
     trainer = make_trainer(gpt2_path, tmp_path, [even, odd], kl_coef=0.0, lam=1.0)
     returns = roll_out(trainer)["returns"][:, 0]
     assert torch.allclose(returns, torch.tensor([1.0, 3.0, 1.0, 3.0]), atol=1e-5)
-    with pytest.raises(ValueError, match="every one returned None for sample 1"):
+    with pytest.raises(ValueError, match=r"every one returned None for sample 1"):
         roll_out(make_trainer(gpt2_path, tmp_path, even))
 
 
 def test_a_model_as_reward_is_refused_with_the_mend(gpt2_path, tmp_path):
-    with pytest.raises(ValueError, match=r"runs/reward is not a function; wrap .* rewards.RewardModel"):
+    with pytest.raises(ValueError, match=r"'runs/reward' is not a function; wrap .* rewards.RewardModel"):
         make_trainer(gpt2_path, tmp_path, "runs/reward")
 
 

@@ -1,0 +1,6 @@
+"""Evaluation; runs from the project's root. Recipes import their siblings plainly, so their folder joins the path."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))

@@ -1,0 +1,82 @@
+"""Sentiment, step 3 of 3: PPO towards reviews that a sentiment classifier likes.
+
+    accelerate launch recipes/sentiment_gpt2_ppo.py
+    accelerate launch recipes/sentiment_gpt2_ppo.py --config recipes/sentiment_gpt2_ppo_tiny.yaml
+
+The model is given the first few tokens of a review and continues it; the score is the classifier's logit. To use a
+reward of your own, write a function with this signature and put it into `reward_funcs` in `main`:
+
+    def my_reward(prompts, completions, **columns) -> list[float]: ...
+
+Watch `objective/scores` rise while `objective/kl` stays bounded. Writes `output_dir`: policy, tokenizer and critic.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from ppo_trainer import PPOConfig, PPOTrainer
+from recipe_args import load_split, one_line_errors, parse, require_path
+from rewards import RewardModel
+
+
+@dataclass(kw_only=True)
+class PPOArguments(ScriptArguments):
+    """What this recipe takes beside the trainer's own settings."""
+
+    reward_model: str = field(metadata={"help": "Sequence classifier that scores the review: Hub id or folder."})
+    reward_label: str | None = field(default=None, metadata={"help": "Which of its labels, if it has several."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column to take prompts from."})
+    prompt_tokens: list[int] | None = field(
+        default=None, metadata={"help": "Cut each prompt to a random number of tokens: least and most."}
+    )
+    min_prompt_characters: int = field(default=1, metadata={"help": "Leave out shorter texts."})
+
+
+def load_prompts(script_args, split, tokenizer, seed):
+    """A dataset with the column `prompt`: whole, or its first few tokens, their number drawn with `seed`."""
+    column = script_args.prompt_column
+    data = load_split(script_args.dataset_name, split, columns=[column])
+    data = data.filter(lambda row: len(row[column]) >= script_args.min_prompt_characters, desc="Filtering prompts")
+    rng = random.Random(seed)
+
+    def cut(row):
+        if script_args.prompt_tokens is None:
+            return {"prompt": row[column]}
+        length = rng.randint(*script_args.prompt_tokens)
+        return {"prompt": tokenizer.decode(tokenizer(row[column], add_special_tokens=False)["input_ids"][:length])}
+
+    return data.map(cut, desc="Cutting prompts", load_from_cache_file=False)
+
+
+def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
+    path = require_path("model_name_or_path", model_args.model_name_or_path)
+    reward_path = require_path("reward_model", script_args.reward_model, kind="reward model")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    train = load_prompts(script_args, script_args.dataset_train_split, tokenizer, training_args.seed)
+    test = None
+    if training_args.eval_strategy != "no":
+        test = load_prompts(script_args, script_args.dataset_test_split, tokenizer, training_args.seed)
+
+    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    trainer = PPOTrainer(
+        model=path,
+        reward_funcs=[RewardModel(reward_path, label=script_args.reward_label)],
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    print(f"policy, tokenizer and critic: {training_args.output_dir}")
+    return trainer
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*parse(__file__, PPOArguments, PPOConfig, ModelConfig))

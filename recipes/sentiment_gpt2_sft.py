@@ -1,0 +1,92 @@
+"""Sentiment, step 1 of 3: a language model of movie reviews (supervised fine-tuning with TRL's SFTTrainer).
+
+    accelerate launch recipes/sentiment_gpt2_sft.py
+    accelerate launch recipes/sentiment_gpt2_sft.py --config recipes/sentiment_gpt2_sft_tiny.yaml
+
+Fine-tunes `model_name_or_path`, or trains a byte-level BPE and a GPT-2 from scratch when `scratch_layers` is set. The
+held-out loss is printed at the end; each YAML's header says what to expect. Writes `output_dir`: model and tokenizer.
+"""
+
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config
+
+from recipe_args import load_split, one_line_errors, parse, require_path
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass(kw_only=True)
+class SFTArguments(ScriptArguments):
+    """What this recipe takes beside TRL's own settings."""
+
+    scratch_layers: int = field(default=0, metadata={"help": "Layers of a GPT-2 made from scratch; 0 fine-tunes."})
+    scratch_width: int = field(default=256, metadata={"help": "Its hidden size."})
+    scratch_heads: int = field(default=4, metadata={"help": "Its attention heads."})
+    scratch_vocab: int = field(default=4096, metadata={"help": "Tokens of the byte-level BPE trained for it."})
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE of `vocab_size` tokens; the pad token is not the end token, so that the end is learnt."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=END, pad_token=PAD)
+
+
+def scratch_model(script_args, tokenizer, max_length):
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=max_length,
+        n_embd=script_args.scratch_width,
+        n_layer=script_args.scratch_layers,
+        n_head=script_args.scratch_heads,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
+    train, test = (
+        load_split(script_args.dataset_name, split, columns=[training_args.dataset_text_field])
+        for split in (script_args.dataset_train_split, script_args.dataset_test_split)
+    )
+    if script_args.scratch_layers:
+        set_seed(training_args.seed)
+        tokenizer = train_tokenizer(train[training_args.dataset_text_field], script_args.scratch_vocab)
+        model = scratch_model(script_args, tokenizer, training_args.max_length)
+        print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
+    else:
+        model = require_path("model_name_or_path", model_args.model_name_or_path)
+        training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+        tokenizer = AutoTokenizer.from_pretrained(model)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train.select_columns(training_args.dataset_text_field),
+        eval_dataset=test.select_columns(training_args.dataset_text_field),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    print(f"held-out loss {metrics['eval_loss']:.3f} nats per token, n = {len(trainer.eval_dataset)} reviews")
+    print(f"model and tokenizer: {training_args.output_dir}")
+    return trainer
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*parse(__file__, SFTArguments, SFTConfig, ModelConfig))

@@ -1,0 +1,390 @@
+"""YAML and command line: what wins over what, and that every mistake is one line that names it."""
+
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+from trl import GRPOConfig, ModelConfig, RewardConfig, ScriptArguments
+
+import recipe_args
+from recipe_args import UserError, load_split, one_line_errors, parse, require_path
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = (ScriptArguments, RewardConfig, ModelConfig)
+BASE = "output_dir: runs/x\nuse_cpu: true\nbf16: false\nreport_to: none\n"
+
+
+@dataclass
+class Small:
+    """Types that TRL's dataclasses use, without their checks."""
+
+    REFUSED: ClassVar[dict[str, str]] = {"refused": "use number"}
+    hidden: ClassVar[frozenset[str]] = frozenset({"internal"})
+
+    number: float = 1.0
+    count: int = 3
+    name: str = "a"
+    flag: bool = False
+    method: Literal["exact", "fast"] = "exact"
+    levels: list[float] | None = None
+    options: dict | str | None = None
+    never_typed: int = None
+    refused: int = 8
+    internal: int = 9
+    kind: str = field(default="a", metadata={"choices": ["a", "b"], "help": "a or b."})
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError("count must not be negative\nand this second line is not shown")
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """recipes/x.py in an empty directory, which becomes the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    return tmp_path / "recipes" / "x.py"
+
+
+def write(script: Path, text: str, name="x.yaml") -> None:
+    (script.parent / name).write_text(text)
+
+
+@pytest.fixture
+def mistake(capsys):
+    """Runs `parse`, which must fail, and returns the line it printed."""
+
+    def run(script, *types, args=()) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse(str(script), *types, args=list(args))
+        printed = capsys.readouterr()
+        assert stop.value.code == 2
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        return printed.err.rstrip("\n")
+
+    return run
+
+
+# --- What wins ----------------------------------------------------------------------------------------------------
+
+
+def test_the_yaml_beside_the_script_is_the_default_and_the_command_line_wins(script):
+    write(script, BASE + "learning_rate: 2.0e-5\nmax_length: 99\ndataset_name: data/toy\n")
+    script_args, training_args, _ = parse(str(script), *REAL, args=["--max_length", "7"])
+    assert (script_args.dataset_name, training_args.learning_rate) == ("data/toy", 2e-5)
+    assert training_args.max_length == 7
+
+
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("where", ["name beside the script", "path"])
+def test_config_replaces_the_default_yaml(script, form, where):
+    write(script, "count: 5\nname: default\n")
+    write(script, "number: 2.5\n", "x_tiny.yaml")
+    path = "x_tiny.yaml" if where != "path" else "recipes/x_tiny.yaml"
+    (small,) = parse(str(script), Small, args=[*form.format(path).split(), "--flag", "true"])
+    assert (small.number, small.count, small.name, small.flag) == (2.5, 3, "a", True)
+
+
+def test_a_file_of_only_comments_leaves_the_dataclass_defaults(script):
+    write(script, "# nothing yet\n")
+    assert parse(str(script), Small, args=[]) == (Small(),)
+
+
+def test_numbers_that_yaml_reads_as_strings_are_numbers(script):
+    write(script, "number: 1e-5\ncount: 1e3\nlevels: [1e-1, 2]\nnever_typed: '4'\n")
+    (small,) = parse(str(script), Small, args=[])
+    assert (small.number, small.count, small.levels, small.never_typed) == (1e-5, 1000, [0.1, 2], 4)
+    assert type(small.count) is int
+
+
+def test_values_of_every_type_arrive_unchanged(script):
+    write(script, "options: {a: [1]}\nlevels: [1, 2.5]\nflag: true\nmethod: fast\nname: '7'\nnever_typed: null\n")
+    (small,) = parse(str(script), Small, args=[])
+    assert (small.options, small.levels, small.flag, small.method) == ({"a": [1]}, [1, 2.5], True, "fast")
+    assert (small.name, small.never_typed) == ("7", None)
+
+
+def test_every_default_of_the_real_dataclasses_fits_its_own_type(script):
+    import dataclasses
+
+    import yaml
+
+    values = {
+        f.name: f.default
+        for cls in (ScriptArguments, GRPOConfig, ModelConfig)
+        for f in dataclasses.fields(cls)
+        if f.init and type(f.default) in (str, int, float, bool, type(None))
+    }
+    del values["debug"]  # "", which transformers' own parser refuses
+    assert len(values) > 100
+    write(script, yaml.safe_dump(values | {"output_dir": "runs/x", "use_cpu": True, "bf16": False}))
+    _, config, _ = parse(str(script), ScriptArguments, GRPOConfig, ModelConfig, args=[])
+    assert config.learning_rate == values["learning_rate"]
+
+
+# --- --help -------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_key_with_the_yamls_default_but_the_hidden_ones(script, capsys):
+    write(script, "number: 0.125\nkind: b\n")
+    with pytest.raises(SystemExit) as stop:
+        parse(str(script), Small, args=["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key in ("number", "count", "name", "flag", "method", "levels", "options", "kind"):
+        assert f"--{key} " in text
+    assert "(default: 0.125)" in text
+    assert "a or b. (default: b)" in text
+    assert "recipes/x.yaml" in text
+    assert "refused" not in text
+    assert "internal" not in text
+
+
+# --- Mistakes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_config_is_named_with_those_there_are(script, mistake):
+    line = mistake(script, Small)
+    assert "x.yaml does not exist" in line
+    write(script, "count: 5\n", "x_tiny.yaml")
+    line = mistake(script, Small, args=["--config", "x_tinny.yaml"])
+    assert "--config: x_tinny.yaml does not exist" in line
+    assert "x_tiny.yaml" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n- b\n", "not a mapping of keys to values but a list"),
+        ("just words\n", "not a mapping"),
+        ("count: 3\nlevels: [1, 2\nname: a\n", "line 3"),
+        ("count: 3\nname: 'open\n", "line 3"),
+        ("count: 3\nname: a\ncount: 4\n", "line 3: 'count' is given twice"),
+    ],
+)
+def test_a_file_that_is_no_mapping_or_no_yaml_says_where(script, mistake, text, expected):
+    write(script, text)
+    line = mistake(script, Small)
+    assert line.startswith("recipes/x.yaml: ")
+    assert expected in line
+
+
+def test_an_unknown_key_is_named_with_its_file_and_the_closest_known_one(script, mistake):
+    write(script, BASE + "learning_rat: 1.0e-5\n")
+    expected = "recipes/x.yaml: unknown key learning_rat; did you mean learning_rate?"
+    assert mistake(script, *REAL) == expected
+    write(script, "zzz: 1\n")
+    assert mistake(script, *REAL) == "recipes/x.yaml: unknown key zzz; --help lists those there are"
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--learning_rat", "1"], "unknown option --learning_rat; did you mean --learning_rate?"),
+        (["--learning_rat=1"], "unknown option --learning_rat; did you mean --learning_rate?"),
+        (["--learning", "1"], "unknown option --learning;"),  # no abbreviations: a typo could be one
+        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+        (["--learning_rate"], "--learning_rate: expected one argument"),
+        (["--eval_strategy", "never"], "--eval_strategy: invalid choice: 'never'"),
+        (["stray"], "unknown option stray"),
+        (["--config", "x.yaml", "--config=y.yaml"], "--config: give one file"),
+        (["--config"], "--config: expected one argument"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(script, mistake, args, expected):
+    write(script, BASE)
+    assert mistake(script, *REAL, args=args).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rate: fast", "learning_rate: 'fast' is not a float"),
+        ("learning_rate: [1]", "learning_rate: [1] is not a float"),
+        ("learning_rate: {a: 1}", "learning_rate: {'a': 1} is not a float"),
+        ("learning_rate: true", "learning_rate: True is not a float"),
+        ("learning_rate:", "learning_rate: None is not a float"),
+        ("max_steps: 2.5", "max_steps: 2.5 is not an int"),
+        ("use_cpu: 'yes'", "use_cpu: 'yes' is not true or false"),
+        ("use_cpu: [true]", "use_cpu: [True] is not true or false"),
+        ("dataset_name: [a, b]", "dataset_name: ['a', 'b'] is not a str"),
+        ("dataset_name: 2024", 'dataset_name: 2024 is not a str: quote it, as in "2024"'),
+        ("dataset_train_split: off", 'dataset_train_split: False is not a str: quote it, as in "no"'),
+        ("lora_target_modules: q_proj", "lora_target_modules: 'q_proj' is not a list of str"),
+        ("lora_target_modules: [q, 1]", "lora_target_modules: ['q', 1] is not a list of str"),
+        ("model_init_kwargs: [1]", "model_init_kwargs: [1] is not a mapping or a str"),
+        ("eval_strategy: no", "eval_strategy: False is not one of no, steps, epoch: quote it, as in \"no\""),
+        ("eval_strategy: never", "eval_strategy: 'never' is not one of no, steps, epoch"),
+        ("dtype: float64", "dtype: 'float64' is not one of auto, bfloat16, float16, float32"),
+    ],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_is_named_with_key_and_type(script, mistake, text, expected):
+    write(script, f"output_dir: runs/x\n{text}\n")
+    assert mistake(script, *REAL) == f"recipes/x.yaml: {expected}"
+
+
+def test_a_literal_outside_its_choices_is_named_with_them(script, mistake):
+    write(script, "method: slow\n")
+    assert mistake(script, Small) == "recipes/x.yaml: method: 'slow' is not one of exact, fast"
+
+
+def test_what_a_dataclass_refuses_is_its_first_line(script, mistake):
+    write(script, "count: -1\n")
+    assert mistake(script, Small) == "recipes/x.yaml: count must not be negative"
+    line = mistake(script, Small, args=["--count", "-2"])
+    assert line == "recipes/x.yaml and the command line: count must not be negative"
+
+
+def test_bf16_on_a_machine_without_it_is_one_line(script, mistake, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    write(script, "output_dir: runs/x\nbf16: true\n")
+    assert "bf16" in mistake(script, *REAL)
+
+
+def test_only_the_first_rank_prints(script, monkeypatch, capsys):
+    write(script, "zzz: 1\n")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse(str(script), Small, args=[])
+    assert (stop.value.code, capsys.readouterr().err) == (2, "")
+
+
+def test_a_reward_that_fails_on_another_rank_is_not_silent(monkeypatch, capsys):
+    from rewards import checked
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), one_line_errors():
+        checked(lambda **_: [float("nan")])(["p"], ["x"])
+    assert "returned nan for sample 0" in capsys.readouterr().err
+
+
+# --- one_line_errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [UserError("one\ntwo"), FileNotFoundError("one"), OSError("one\ntwo")])
+def test_a_users_mistake_ends_main_with_its_first_line(error, capsys):
+    @one_line_errors()
+    def main():
+        raise error
+
+    for _ in range(2):  # a decorator that works once would not do
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert capsys.readouterr().err == "one\n"
+
+
+def test_errors_that_may_be_bugs_keep_their_traceback():
+    for error in (ValueError("from elsewhere"), RuntimeError("shapes"), OSError(28, "No space left on device")):
+        with pytest.raises(type(error)), one_line_errors():
+            raise error
+
+
+def test_a_value_error_of_the_recipes_own_code_is_one_line(bert_path, capsys):
+    from rewards import RewardModel
+
+    with pytest.raises(SystemExit), one_line_errors():
+        RewardModel(bert_path, label="HAPPY", device="cpu")
+    assert "it has 0: NEGATIVE, 1: POSITIVE\n" in capsys.readouterr().err
+
+
+def test_a_script_run_for_real_fails_in_one_line_with_status_2(script):
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
+        "from dataclasses import dataclass\nfrom recipe_args import one_line_errors, parse\n"
+        "@dataclass\nclass Args:\n    model: str = 'gpt2'\n"
+        "@one_line_errors()\ndef main(args):\n    print('loading', args.model)\n    open(args.model)\n"
+        "if __name__ == '__main__':\n    main(*parse(__file__, Args))\n"
+    )
+    write(script, "model: runs/nothing\n")
+    for args, loads, expected in (
+        ([], True, "[Errno 2] No such file or directory: 'runs/nothing'"),
+        (["--modle", "x"], False, "unknown option --modle; did you mean --model?"),
+    ):
+        command = [sys.executable, "recipes/x.py", *args]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=script.parent.parent)
+        assert run.returncode == 2
+        assert ("loading runs/nothing" in run.stdout) == loads
+        assert run.stderr == expected + "\n"
+
+
+# --- Paths and data -----------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_can_only_be_local_must_exist(tmp_path):
+    for value in ("runs/none", "./none", str(tmp_path / "none"), "a/b/c"):
+        with pytest.raises(UserError, match=r"ref_model: .* does not exist: train it first or give a Hub id") as error:
+            require_path("ref_model", value)
+        assert repr(value) in str(error.value)
+    for value in (str(tmp_path), "gpt2", "org/name", "distilbert-base-cased"):
+        assert require_path("ref_model", value) == value
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder with two rows of train (plain JSONL) and one of test (gzip), and a cache of its own for datasets."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [json.dumps({"prompt": f"p{i}", "label": i}) + "\n" for i in range(3)]
+    (folder / "train.jsonl").write_text(rows[0] + rows[1])
+    with gzip.open(folder / "test.jsonl.gz", "wt") as file:
+        file.write(rows[2])
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_of_a_local_folder_is_loaded_whole(data, streaming):
+    rows = list(load_split(str(data), "train", columns=["prompt"], streaming=streaming))
+    assert rows == [{"prompt": "p0", "label": 0}, {"prompt": "p1", "label": 1}]
+    assert [row["label"] for row in load_split(str(data), "test", streaming=streaming)] == [2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_split_or_column_is_named_with_those_there_are(data, streaming):
+    with pytest.raises(UserError, match=r"(?s)valid.*train.*test"):
+        load_split(str(data), "valid", streaming=streaming)
+    with pytest.raises(UserError, match="'train' has no column chosen, rejected; it has prompt, label"):
+        load_split(str(data), "train", ["chosen", "prompt", "rejected"], streaming=streaming)
+
+
+def test_a_split_without_rows_is_an_error(data):
+    (data / "test.jsonl.gz").unlink()
+    (data / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match="split 'train' has no rows"):
+        load_split(str(data), "train")
+
+
+def test_broken_json_and_an_empty_folder_are_one_line(data, tmp_path):
+    (data / "train.jsonl").write_text('{"prompt": 1}\n{"prompt"\n')
+    (tmp_path / "empty").mkdir()
+    for folder, expected in ((data, "JSON parse error"), (tmp_path / "empty", "any data files")):
+        with pytest.raises(UserError, match=expected) as error:
+            load_split(str(folder), "train")
+        assert str(folder) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["toy_reviews", "imdb"])
+def test_data_that_was_not_made_yet_names_the_command_that_makes_it(script, name):
+    command = f"python data_prep/{name}.py"
+    for path in (f"data/{name}", f"./data/{name}", f"data/{name}/sft"):
+        with pytest.raises(UserError, match=f"make it with: {command}$"):
+            load_split(path, "train")
+    assert (ROOT / command.split()[1]).is_file()
+
+
+def test_an_unreachable_hub_is_one_line_with_the_mend():
+    with pytest.raises(UserError, match=r"'no-org/no-data'.*on the Hub.*give the path of a local folder") as error:
+        load_split("no-org/no-data", "train")
+    assert "\n" not in str(error.value)
+
+
+def test_the_module_imports_without_torch():
+    code = "import sys, recipe_args; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(recipe_args.__file__).parent).returncode == 0

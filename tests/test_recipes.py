@@ -1,0 +1,186 @@
+"""The recipes as a whole, in-process on tiny settings, and the files around them."""
+
+import ast
+import importlib
+import importlib.util
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from data_prep import toy_reviews
+from recipe_args import parse
+
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.with_suffix(".yaml").exists())
+YAMLS = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def script_of(config: Path) -> Path:
+    """The recipe that a YAML belongs to: the longest stem that begins its name."""
+    return max((path for path in RECIPES if config.stem.startswith(path.stem)), key=lambda path: len(path.stem))
+
+
+def arguments(script: Path, *args):
+    main = importlib.import_module(script.stem).main
+    return parse(str(script), *typing.get_type_hints(main).values(), args=list(args))
+
+
+def run(stem, *args):
+    script = ROOT / "recipes" / f"{stem}.py"
+    return importlib.import_module(stem).main(*arguments(script, *args))
+
+
+@pytest.mark.parametrize("config", YAMLS, ids=lambda path: path.name)
+def test_every_yaml_fits_its_recipe(config, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script_args, training_args, _ = arguments(script_of(config), "--config", str(config))
+    values = yaml.safe_load(config.read_text())
+    assert training_args.output_dir == values["output_dir"]
+    assert values["output_dir"].startswith("runs/")
+    assert script_args.dataset_name == values["dataset_name"]
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_needs_no_arguments(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    defaults = yaml.safe_load(script.with_suffix(".yaml").read_text())
+    assert arguments(script)[1].learning_rate == defaults["learning_rate"]
+
+
+def test_no_two_yamls_of_a_stage_write_to_the_same_folder():
+    folders = [yaml.safe_load(path.read_text())["output_dir"] for path in YAMLS]
+    assert len(folders) == len(set(folders))
+
+
+@pytest.mark.parametrize("folder", ["recipes", "data_prep", "eval"])
+def test_no_module_shadows_the_standard_library_or_an_installed_package(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        assert path.stem not in sys.stdlib_module_names, path
+        if folder == "recipes":  # the only folder that a launcher puts on sys.path
+            spec = importlib.util.find_spec(path.stem)
+            assert spec is None or Path(spec.origin).resolve() == path.resolve(), f"{path} shadows {spec.origin}"
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
+def test_importing_a_recipe_parses_no_arguments_and_runs_nothing(script):
+    for node in ast.parse(script.read_text()).body:
+        allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.If)
+        assert isinstance(node, allowed)
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) == "__name__ == '__main__'"
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant)
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """Data, then the three steps of the tiny family, each on a fraction of its settings."""
+    folder = tmp_path_factory.mktemp("family")
+    toy_reviews.main(["--output", str(folder / "data"), "--train", "96", "--test", "24"])
+    small = ["--per_device_train_batch_size", "16", "--disable_tqdm", "true"]
+    trainers = {}
+    for stage, options in {
+        "sft": ["--dataset_name", "data/sft", "--max_steps", "4", "--scratch_width", "32"],
+        "reward": ["--model_name_or_path", "sft", "--dataset_name", "data/pairs", "--max_steps", "4"],
+        "ppo": ["--model_name_or_path", "sft", "--reward_model", "reward", "--dataset_name", "data/prompts"],
+    }.items():
+        options = [str(folder / value) if "/" in value or value in trainers else value for value in options]
+        if stage == "ppo":
+            options += ["--total_episodes", "32", "--max_completion_length", "6", "--eval_strategy", "steps"]
+            options += ["--eval_steps", "8", "--logging_steps", "1"]
+        config = f"sentiment_gpt2_{stage}_tiny.yaml"
+        trainers[stage] = run(
+            f"sentiment_gpt2_{stage}", "--config", config, *small, "--output_dir", str(folder / stage), *options
+        )
+    return folder, trainers
+
+
+def test_the_sft_recipe_writes_a_language_model_and_its_tokenizer(toy_run):
+    folder, _ = toy_run
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
+    model = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.num_parameters() < 2_000_000
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.decode(tokenizer("a fine film .")["input_ids"]) == "a fine film ."
+
+
+def test_the_demos_model_has_less_than_two_million_parameters():
+    settings = yaml.safe_load((ROOT / "recipes" / "sentiment_gpt2_sft_tiny.yaml").read_text())
+    width, layers = settings["scratch_width"], settings["scratch_layers"]
+    embeddings = (settings["scratch_vocab"] + settings["max_length"]) * width
+    assert embeddings + layers * (12 * width**2 + 13 * width) + 2 * width < 2_000_000
+
+
+def test_the_reward_recipe_writes_a_classifier_with_one_label(toy_run):
+    folder, _ = toy_run
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "reward").config.num_labels == 1
+
+
+def test_the_ppo_recipe_writes_policy_tokenizer_and_critic_and_reports_score_and_kl(toy_run):
+    folder, trainers = toy_run
+    assert (folder / "ppo" / "critic.safetensors").exists()
+    AutoTokenizer.from_pretrained(folder / "ppo")
+    trained = AutoModelForCausalLM.from_pretrained(folder / "ppo").state_dict()
+    started = AutoModelForCausalLM.from_pretrained(folder / "sft").state_dict()
+    assert trained.keys() == started.keys()
+    logged = [entry for entry in trainers["ppo"].state.log_history if "objective/scores" in entry]
+    assert logged[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert any("eval_objective/scores" in entry for entry in trainers["ppo"].state.log_history)
+
+
+def test_prompts_are_cut_to_the_wanted_number_of_tokens(toy_run):
+    from sentiment_gpt2_ppo import PPOArguments, load_prompts
+
+    folder, _ = toy_run
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
+    script_args = PPOArguments(
+        reward_model="none",
+        dataset_name=str(folder / "data" / "sft"),
+        prompt_column="text",
+        prompt_tokens=[2, 5],
+        min_prompt_characters=60,
+    )
+    data = load_prompts(script_args, "train", tokenizer, seed=0)
+    lengths = [len(tokenizer(row["prompt"])["input_ids"]) for row in data]
+    assert set(lengths) == {2, 3, 4, 5}
+    assert all(row["text"].startswith(row["prompt"]) and len(row["text"]) >= 60 for row in data)
+    assert load_prompts(script_args, "train", tokenizer, seed=0)["prompt"][:] == data["prompt"][:]
+
+
+def test_labelled_reviews_are_paired_with_the_preferred_label_chosen(tmp_path):
+    from datasets import Dataset
+    from sentiment_gpt2_reward import pair_by_label
+
+    labelled = Dataset.from_dict(
+        {"text": [f"good {i}" for i in range(6)] + [f"bad {i}" for i in range(4)], "label": [1] * 6 + [0] * 4}
+    )
+    for preferred, word in ((1, "good"), (0, "bad")):
+        pairs = pair_by_label(labelled, preferred, seed=0)
+        assert len(pairs) == 4
+        assert all(row["chosen"].startswith(word) and not row["rejected"].startswith(word) for row in pairs)
+
+
+@pytest.mark.parametrize(
+    ("stem", "options", "said"),
+    [
+        ("sentiment_gpt2_sft", ["--dataset_name", "data/no/such"], "data/no/such"),
+        ("sentiment_gpt2_reward", ["--model_name_or_path", "runs/no-such"], "model_name_or_path: 'runs/no-such'"),
+        ("sentiment_gpt2_ppo", ["--model_name_or_path", "runs/no-such"], "model_name_or_path: 'runs/no-such'"),
+        ("sentiment_gpt2_ppo", ["--reward_model", "runs/no-such"], "reward_model: 'runs/no-such'"),
+        ("sentiment_gpt2_ppo", ["--loss_type", "grpo"], "loss_type: not a setting of PPO; the loss is PPO's"),
+    ],
+)
+def test_what_is_missing_ends_in_one_line_before_a_model_loads(stem, options, said, capsys, monkeypatch):
+    from recipe_args import one_line_errors
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        run(stem, *options)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in line
