@@ -26,6 +26,11 @@ class SFTArguments(ScriptArguments):
     scratch_width: int = field(default=256, metadata={"help": "Its hidden size."})
     scratch_heads: int = field(default=4, metadata={"help": "Its attention heads."})
     scratch_vocab: int = field(default=4096, metadata={"help": "Tokens of the byte-level BPE trained for it."})
+    first_characters: int | None = field(
+        default=None,
+        metadata={"help": "Keep only the beginning of each text: faster where `max_length` cuts it anyway."},
+    )
+    test_rows: int = field(default=1000, metadata={"help": "Held-out texts to evaluate on, from the first on."})
 
 
 def train_tokenizer(texts, vocab_size):
@@ -56,14 +61,22 @@ def scratch_model(script_args, tokenizer, max_length):
     return GPT2LMHeadModel(config)
 
 
+def load_texts(script_args, split, column):
+    """A dataset with nothing but the column of text."""
+    data = load_split(script_args.dataset_name, split, columns=[column]).select_columns(column)
+    if script_args.first_characters is None:
+        return data
+    return data.map(lambda row: {column: row[column][: script_args.first_characters]}, desc="Cutting texts")
+
+
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
-    train, test = (
-        load_split(script_args.dataset_name, split, columns=[training_args.dataset_text_field])
-        for split in (script_args.dataset_train_split, script_args.dataset_test_split)
-    )
+    column = training_args.dataset_text_field
+    train = load_texts(script_args, script_args.dataset_train_split, column)
+    test = load_texts(script_args, script_args.dataset_test_split, column)
+    test = test.select(range(min(len(test), script_args.test_rows)))
     if script_args.scratch_layers:
         set_seed(training_args.seed)
-        tokenizer = train_tokenizer(train[training_args.dataset_text_field], script_args.scratch_vocab)
+        tokenizer = train_tokenizer(train[column], script_args.scratch_vocab)
         model = scratch_model(script_args, tokenizer, training_args.max_length)
         print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     else:
@@ -74,8 +87,8 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
     trainer = SFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=train.select_columns(training_args.dataset_text_field),
-        eval_dataset=test.select_columns(training_args.dataset_text_field),
+        train_dataset=train,
+        eval_dataset=test,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
