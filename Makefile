@@ -23,6 +23,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
 # Data, language model, reward model, PPO and report of the toy reviews; offline once installed.
 demo: export HF_HUB_OFFLINE = 1
+demo: export PYTHONWARNINGS = ignore::FutureWarning
 demo: .venv/.installed
 	$(BIN)/python data_prep/toy_reviews.py
 	$(LAUNCH) recipes/sentiment_gpt2_sft.py --config recipes/sentiment_gpt2_sft_tiny.yaml

@@ -355,7 +355,7 @@ def stop_ids(models: dict, tokenizer) -> list[int]:
 
 def generate(model, tokenizer, prompt_ids: list[list[int]], eos: list[int], settings, title: str) -> list[list[int]]:
     """One completion for each prompt, up to and including its first EOS; batch b is drawn with seed + b."""
-    from ppo_trainer import pad_batch
+    from scoring import pad_batch
 
     # `generate` fills what a call leaves open (top_p, min_length, …) from the model's own file; nothing may leak.
     model.generation_config = GenerationConfig(
@@ -393,7 +393,7 @@ def sequence_kl(
     Its mean over the tuned model's own samples estimates KL(tuned‖base) per sequence. Teaches both models to score,
     in place.
     """
-    from ppo_trainer import add_scoring_forward, pad_batch
+    from scoring import add_scoring_forward, pad_batch
 
     for role in ROLES:
         add_scoring_forward(models[role], settings.temperature)

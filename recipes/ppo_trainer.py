@@ -11,13 +11,10 @@ Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (1909.0859
 Huang et al. 2024 (2403.17031).
 """
 
-import functools
-import inspect
 import json
 import math
 import os
 import time
-import types
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -27,18 +24,14 @@ import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GenerationConfig, ProgressCallback
-from transformers.utils import ModelOutput
+from transformers import GenerationConfig, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import (
-    add_fused_lm_head,
-    disable_dropout_in_model,
-    pad,
-    use_adapter,
-)
+from trl.trainer.utils import use_adapter
 
 from rewards import checked
+from run_support import LogBeforeSave, RolloutProgress, SeededByPass, is_whole, last_checkpoint
+from scoring import ScoredTokens, ValueHead, ValueModel, add_scoring_forward, pad_batch, take_rows
 
 # ---------------------------------------------------------------------------------------------------------------
 # Formulas
@@ -111,139 +104,6 @@ def next_kl_coef(kl_coef, kl, target, horizon, n):
     """β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon) after n episodes of mean KL `kl` (Ziegler et al. 2019, §2.2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * n / horizon)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Log-probabilities and values, from one forward pass
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ScoredTokens(ModelOutput):
-    """What a scoring pass returns for the completion's tokens, all (B, C) and 0 where the attention mask is 0."""
-
-    log_probs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-
-
-class ValueHead(nn.Linear):
-    """V(s_t) from the policy's own last hidden state; weights from N(0, 1/√(d+1)), bias 0 (Huang et al. 2024)."""
-
-    def __init__(self, hidden_size, seed=0):
-        super().__init__(hidden_size, 1)
-        with torch.no_grad():
-            generator = torch.Generator().manual_seed(seed)
-            self.weight.copy_(torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1))
-            self.bias.zero_()
-
-    def forward(self, hidden_states, **model_inputs):
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states.float()).squeeze(-1)
-
-
-class ValueModel(nn.Module):
-    """A critic of its own, initialised from a causal sequence classifier with one label, usually the reward model.
-
-    Raises `ValueError` where the classifier is not causal (it would see the future), has several labels, or reads
-    another vocabulary than the policy's.
-    """
-
-    def __init__(self, path, vocab_size, **init_kwargs):
-        super().__init__()
-        classifier = AutoModelForSequenceClassification.from_pretrained(path, **init_kwargs)
-        head = getattr(classifier, "score", None)
-        if head is None or head.out_features != 1:
-            raise ValueError(f"value_model_path: '{path}' is not a causal sequence classifier with one label")
-        if classifier.config.vocab_size != vocab_size:
-            raise ValueError(
-                f"value_model_path: '{path}' has a vocabulary of {classifier.config.vocab_size} tokens, the policy one "
-                f"of {vocab_size}; the critic reads the policy's tokens, so train it with the policy's tokenizer"
-            )
-        self.trunk, self.head = classifier.base_model, head
-        disable_dropout_in_model(self.trunk)
-
-    def forward(self, hidden_states, **model_inputs):
-        num_scored = hidden_states.size(1)
-        own_states = self.trunk(**model_inputs, use_cache=False).last_hidden_state[:, -num_scored - 1 : -1]
-        return self.head(own_states).squeeze(-1).float()
-
-
-def add_scoring_forward(model, temperature=1.0):
-    """Teach a causal LM to score completions: `model(input_ids, attention_mask, num_completion_tokens=C)`.
-
-    That call returns `ScoredTokens`; any other call is unchanged, so that `generate` is too. Position ids come from
-    the attention mask, so left padding changes no log-probability. Only the hidden states that predict completion
-    tokens reach the LM head, which TRL applies in chunks: logits of the rollout × vocabulary are never held. Values
-    come from `model.critic`, if there is one, on the same hidden states.
-    """
-    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
-    fused_forward = model.forward
-
-    @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self, *args, num_completion_tokens=None, **kwargs):
-        if num_completion_tokens is None:
-            return fused_forward(*args, **kwargs)
-        return _score_completions(self, fused_forward, num_completion_tokens, *args, **kwargs)
-
-    model.forward = types.MethodType(forward, model)
-    return model
-
-
-def _score_completions(model, fused_forward, num_completion_tokens, input_ids, attention_mask, **_):
-    hidden_states = None
-
-    def keep_completion(module, args, output):
-        nonlocal hidden_states
-        hidden_states = output.last_hidden_state[:, -num_completion_tokens - 1 : -1]
-        output["last_hidden_state"] = hidden_states
-        return output
-
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
-        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    completion = slice(-num_completion_tokens, None)
-    labels = input_ids[:, completion].masked_fill(attention_mask[:, completion] == 0, -100)
-    hook = model.base_model.register_forward_hook(keep_completion)
-    try:
-        scored = fused_forward(**inputs, shift_labels=labels, fused_lm_head=True)
-    finally:
-        hook.remove()
-    critic = getattr(model, "critic", None)
-    values = None if critic is None else critic(hidden_states, **inputs) * attention_mask[:, completion]
-    return ScoredTokens(log_probs=scored.log_probs, entropy=scored.entropy, values=values)
-
-
-def pad_batch(prompt_ids, completion_ids, pad_token_id):
-    """Lists of token ids → `input_ids` and `attention_mask` (B, P+C), `completion_mask` (B, C)."""
-
-    def stack(rows, value, side):
-        return pad([torch.as_tensor(row, dtype=torch.long) for row in rows], padding_value=value, padding_side=side)
-
-    def ones(rows):
-        return [[1] * len(row) for row in rows]
-
-    completion_mask = stack(ones(completion_ids), 0, "right")
-    return {
-        "input_ids": torch.cat(
-            [stack(prompt_ids, pad_token_id, "left"), stack(completion_ids, pad_token_id, "right")], dim=1
-        ),
-        "attention_mask": torch.cat([stack(ones(prompt_ids), 0, "left"), completion_mask], dim=1),
-        "completion_mask": completion_mask,
-    }
-
-
-def take_rows(batch, rows):
-    """The given rows of a padded batch, without the columns that are padding in all of them."""
-    batch = {name: tensor[rows] for name, tensor in batch.items()}
-    width = batch["completion_mask"].size(1)
-    longest = int(batch["completion_mask"].sum(1).max())
-    left = int(batch["attention_mask"].argmax(1).min())
-    end = batch["input_ids"].size(1) - (width - longest)
-    return {
-        name: tensor[:, left:end] if name in ("input_ids", "attention_mask") else tensor[:, :longest]
-        for name, tensor in batch.items()
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -342,6 +202,7 @@ class PPOConfig(GRPOConfig):
             raise ValueError("per_device_train_batch_size: a rollout of 1 completion has no variance to whiten; use 2")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "objective/scores"
+        self._round_to_rollouts()
         self.vllm_importance_sampling_correction = False
         # The parent insists on groups of two and more: show it one group the size of the rollout.
         self.num_generations = local_rollout
@@ -350,6 +211,16 @@ class PPOConfig(GRPOConfig):
         if self.total_episodes is not None:
             rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
             self.max_steps = rollouts * self.num_iterations * self.num_mini_batches
+
+    def _round_to_rollouts(self):
+        """Checkpoints, and the evaluations that go with them, fall between rollouts: there a run resumes exactly."""
+        steps_per_rollout = self.num_iterations * self.num_mini_batches
+        for name in ("save_steps", "eval_steps") if self.load_best_model_at_end else ("save_steps",):
+            steps = getattr(self, name) or self.logging_steps
+            if self.save_strategy == "steps" and steps % steps_per_rollout:
+                rounded = math.ceil(steps / steps_per_rollout) * steps_per_rollout
+                setattr(self, name, rounded)
+                print(f"{name}: {steps:g} is rounded up to {rounded}, whole rollouts of {steps_per_rollout} steps")
 
     def _check_ranges(self):
         for name in ("num_iterations", "num_mini_batches", "kl_horizon", "temperature", "max_completion_length"):
@@ -368,26 +239,6 @@ class PPOConfig(GRPOConfig):
             raise ValueError(f"kl_estimator: '{self.kl_estimator}' must be 'k1' or 'k3'")
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
-
-
-class RolloutProgress(ProgressCallback):
-    """Trainer's progress bar, with a short line a log in place of the forty metrics that the loggers get."""
-
-    SHOWN: ClassVar[dict[str, str]] = {
-        "objective/scores": "score {:.3f}",
-        "objective/kl": "kl {:.2f}",
-        "completions/mean_length": "length {:.1f}",
-        "objective/kl_coef": "β {:.3f}",
-        "policy/entropy_avg": "entropy {:.2f}",
-        "val/explained_variance": "explained variance {:.2f}",
-    }
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None:
-            for prefix, title in (("", "step"), ("eval_", "held-out, step")):
-                shown = [text.format(logs[prefix + name]) for name, text in self.SHOWN.items() if prefix + name in logs]
-                if shown:
-                    self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -431,6 +282,7 @@ class PPOTrainer(GRPOTrainer):
         self._policy.critic = self._make_critic().to(self.accelerator.device)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RolloutProgress())
+        self.add_callback(LogBeforeSave())
         self.kl_coef = args.kl_coef
         self.score_sums = [0.0, 0.0, 0.0]  # of 1, score and score², for score_norm
         self._rollout = None
@@ -448,6 +300,9 @@ class PPOTrainer(GRPOTrainer):
         """The causal LM itself, out of DDP's, FSDP's or PEFT's wrapper."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
+
+    def _get_train_sampler(self, dataset=None):
+        return SeededByPass(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     # -- Rollout ---------------------------------------------------------------------------------------------
 
@@ -473,12 +328,19 @@ class PPOTrainer(GRPOTrainer):
             for micro_rows in rows[lengths[rows].argsort()].split(self.args.per_device_train_batch_size)
         ]
 
-    def _generate_single_turn(self, *args, **kwargs):
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """Sample from the trainer's settings alone: `generate` fills what they leave open from the model's own."""
         policy = self._policy
+        positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        longest = max(map(len, prompt_ids))
+        if longest + self.max_completion_length > positions:
+            raise ValueError(
+                f"max_completion_length: {self.max_completion_length} after a prompt of {longest} tokens is more than "
+                f"the {positions} positions of the policy; lower it, or cut the prompts"
+            )
         saved, policy.generation_config = policy.generation_config, GenerationConfig()
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         finally:
             policy.generation_config = saved
 
@@ -514,6 +376,7 @@ class PPOTrainer(GRPOTrainer):
         # 5. Advantages and returns.
         advantages, returns = gae(rewards, policy.values, mask, self.args.gamma, self.args.lam)
         scored = time.perf_counter()
+        self._rollout_times = started, scored
 
         non_score_reward = -self.kl_coef * kl.sum(1)
         self._track("objective/kl", kl.sum(1))
@@ -636,6 +499,11 @@ class PPOTrainer(GRPOTrainer):
             self._mini_batch_kl, self._skip_epochs = 0.0, moved > self.args.target_kl
             if self._skip_epochs:  # without gradients AdamW leaves a parameter as it is
                 model.zero_grad(set_to_none=True)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            started, scored = self._rollout_times
+            now = time.perf_counter()
+            self._track("time/update", loss.new_tensor([now - scored]))
+            self._track("time/samples_per_second", loss.new_tensor([self.args.generation_batch_size / (now - started)]))
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -714,6 +582,14 @@ class PPOTrainer(GRPOTrainer):
             save_file(critic_state, os.path.join(output_dir, "critic.safetensors"))
             with open(os.path.join(output_dir, "ppo_state.json"), "w") as file:
                 json.dump({"kl_coef": self.kl_coef, "score_sums": self.score_sums}, file)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trainer's `train`; `True` (or "true") resumes from the last whole checkpoint, or starts if there is none."""
+        if str(resume_from_checkpoint).lower() == "true":
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise ValueError(f"resume_from_checkpoint: '{resume_from_checkpoint}' is not a whole checkpoint")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_critic(self, folder):
         self._policy.critic.load_state_dict(load_file(os.path.join(folder, "critic.safetensors")))

@@ -11,7 +11,7 @@ the end. Writes `output_dir`: a sequence classifier with one label, and its toke
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, get_peft_config
 
 from recipe_args import UserError, load_split, one_line_errors, parse, require_path
@@ -56,8 +56,16 @@ def tokenize(pairs, tokenizer, max_length):
     )
 
 
+def check_length(path, max_length):
+    """Positions beyond the model's own would be an IndexError in the middle of training."""
+    positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(f"max_length: {max_length} is more than the {positions} positions of {path}; lower it")
+
+
 def main(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig):
     path = require_path("model_name_or_path", model_args.model_name_or_path)
+    check_length(path, training_args.max_length)
     train = load_pairs(script_args, script_args.dataset_train_split, training_args.seed)
     test = load_pairs(script_args, script_args.dataset_test_split, training_args.seed)
     test = test.select(range(min(len(test), script_args.test_pairs)))

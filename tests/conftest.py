@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
@@ -121,3 +122,13 @@ def bert_path(tmp_path_factory) -> str:
         label2id={"NEGATIVE": 0, "POSITIVE": 1},
     )
     return _save(BertForSequenceClassification(config), bert_tokenizer, folder)
+
+
+@pytest.fixture(scope="session")
+def classifier_path(gpt2_path, tokenizer, tmp_path_factory) -> str:
+    """A sequence classifier with one label on the trunk of `gpt2_path`, whose tokens it reads."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("classifier")
+    AutoModelForSequenceClassification.from_pretrained(gpt2_path, num_labels=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

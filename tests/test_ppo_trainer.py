@@ -30,6 +30,8 @@ PROMPTS = [
     "the cast",
 ]
 
+TRAINER_ARGUMENTS = ("eval_dataset", "callbacks", "peft_config", "quantization_config")
+
 
 def letter_share(prompts, completions, **columns):
     """Share of the letter e, from 0 to 1: a reward that varies and needs no model."""
@@ -40,7 +42,9 @@ def prompts(n=16):
     return Dataset.from_dict({"prompt": [PROMPTS[i % len(PROMPTS)] for i in range(n)]})
 
 
-def make_trainer(path, folder, reward_funcs=letter_share, train_dataset=None, eval_dataset=None, callbacks=None, **set):
+def make_trainer(path, folder, reward_funcs=letter_share, train_dataset=None, **set):
+    """A trainer on tiny settings; `set` takes the trainer's own arguments and those of its config."""
+    own = {name: set.pop(name) for name in TRAINER_ARGUMENTS if name in set}
     settings = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -61,9 +65,8 @@ def make_trainer(path, folder, reward_funcs=letter_share, train_dataset=None, ev
         reward_funcs,
         PPOConfig(**(settings | set)),
         prompts() if train_dataset is None else train_dataset,
-        eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
-        callbacks=callbacks,
+        **own,
     )
 
 
@@ -242,6 +245,11 @@ def test_row_29_generation_settings_are_the_configs(gpt2_path, tmp_path):
     first, second = roll_out(trainer), roll_out(trainer)  # top_k 1 leaves nothing to chance
     assert first["input_ids"].tolist() == second["input_ids"].tolist()
     assert first["completion_mask"].size(1) == 9
+
+
+def test_completions_that_do_not_fit_the_models_positions_are_refused(gpt2_path, tmp_path):
+    with pytest.raises(ValueError, match=r"max_completion_length: 60 after a prompt of \d+ tokens is more than the 64"):
+        roll_out(make_trainer(gpt2_path, tmp_path, max_completion_length=60))
 
 
 # -- Where the score goes ------------------------------------------------------------------------------------------
@@ -452,15 +460,6 @@ def test_evaluation_averages_over_samples_not_over_batches(gpt2_path, tmp_path):
 
 
 # -- The critic ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def classifier_path(gpt2_path, tokenizer, tmp_path_factory):
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("classifier")
-    AutoModelForSequenceClassification.from_pretrained(gpt2_path, num_labels=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize("own_critic", [False, True])
@@ -721,7 +720,7 @@ def test_total_episodes_sets_max_steps_in_whole_rollouts(tmp_path):
         total_episodes=25,
     )
     assert config.max_steps == 2 * 5 * 3  # two rollouts of 24
-    with pytest.raises(ValueError, match="^total_episodes: "):
+    with pytest.raises(ValueError, match=r"^total_episodes: "):
         PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, total_episodes=8, max_steps=8)
 
 

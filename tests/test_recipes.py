@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from conftest import ROOT
 from data_prep import toy_reviews
 from recipe_args import parse
 
@@ -163,6 +163,18 @@ def test_labelled_reviews_are_paired_with_the_preferred_label_chosen(tmp_path):
         pairs = pair_by_label(labelled, preferred, seed=0)
         assert len(pairs) == 4
         assert all(row["chosen"].startswith(word) and not row["rejected"].startswith(word) for row in pairs)
+
+
+def test_a_reward_model_is_not_trained_beyond_its_positions(toy_run):
+    from recipe_args import UserError
+
+    folder, _ = toy_run
+    with pytest.raises(UserError, match="max_length: 65 is more than the 64 positions of"):
+        run(
+            "sentiment_gpt2_reward",
+            *["--config", "sentiment_gpt2_reward_tiny.yaml", "--model_name_or_path", str(folder / "sft")],
+            *["--dataset_name", str(folder / "data" / "pairs"), "--max_length", "65"],
+        )
 
 
 @pytest.mark.parametrize(

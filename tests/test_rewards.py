@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -18,6 +17,7 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from conftest import SENTENCES
 from rewards import RewardModel, checked, encode, minus_word_count, word_count
 
 PROMPTS = ["the movie", "", "a great", "i watched it twice because the story was so"]

@@ -1,0 +1,114 @@
+"""What the documentation says can be run can be run: every command, path and setting in it exists and parses."""
+
+import ast
+import importlib
+import re
+import shlex
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from ppo_trainer import PPOConfig
+from recipe_args import parse
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
+SCRIPTS = [path for folder in ("recipes", "data_prep", "eval") for path in sorted((ROOT / folder).glob("*.py"))]
+CONFIGS = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "accelerate_configs").glob("*.yaml"))]
+COMMAND = re.compile(r"^(?:accelerate launch|python|make) [^\n]*(?:\\\n[^\n]*)*", re.MULTILINE)
+FOLDERS = ("recipes", "accelerate_configs", "data_prep", "eval", "tests", "benchmarks")
+
+
+def prose(path: Path) -> str:
+    """What a file says to people: Markdown whole, docstrings of a script, the comments of a YAML."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return text
+    if path.suffix == ".py":
+        nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        return "\n".join(ast.get_docstring(n) or "" for n in ast.walk(ast.parse(text)) if isinstance(n, nodes))
+    return "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+
+
+def commands(path: Path):
+    text = "\n".join(line.strip().strip("`") for line in prose(path).splitlines())
+    return [shlex.split(match.replace("\\\n", " "), comments=True) for match in COMMAND.findall(text)]
+
+
+EVERY = [(path, command) for path in [*DOCUMENTS, *SCRIPTS, *CONFIGS] for command in commands(path)]
+
+
+def test_the_documentation_holds_the_commands_that_it_should():
+    assert len(EVERY) > 20
+    readme = [" ".join(command) for command in commands(ROOT / "README.md")]
+    assert {"make demo", "make test"} <= set(readme)
+    for stage in ("sft", "reward", "ppo"):
+        assert any(f"recipes/sentiment_gpt2_{stage}.py" in command for command in readme)
+    assert any("eval.compare" in command for command in readme)
+
+
+@pytest.mark.parametrize(("path", "command"), EVERY, ids=lambda value: value.name if isinstance(value, Path) else "")
+def test_every_documented_command_exists_and_parses(path, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if command[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(command[1:]) <= set(targets)
+    elif command[:2] == ["accelerate", "launch"]:
+        launch = command[2:]
+        while launch[0].startswith("--"):
+            assert launch[0] == "--config_file"
+            assert (ROOT / launch[1]).is_file()
+            launch = launch[2:]
+        script = ROOT / launch[0]
+        types = typing.get_type_hints(importlib.import_module(script.stem).main).values()
+        parse(str(script), *types, args=launch[1:])
+    else:
+        module = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
+        source = (ROOT / module).read_text()
+        for option in (word for word in command if word.startswith("--")):
+            assert f'"{option}"' in source, f"{module} has no option {option}"
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS, *CONFIGS], ids=lambda path: path.name)
+def test_every_path_of_the_project_that_is_named_exists(path):
+    for name in re.findall(rf"\b(?:{'|'.join(FOLDERS)})/[\w./-]*[\w/]", prose(path)):
+        assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
+
+
+def test_every_setting_that_the_table_of_old_names_maps_to_exists():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    table = text.split("## From TRL's removed PPOConfig")[1].split("\n## ")[0]
+    known = set(PPOConfig.__dataclass_fields__) - set(PPOConfig.REFUSED)
+    rows = [row.split("|")[2] for row in table.splitlines() if row.startswith("| `")]
+    assert len(rows) > 15
+    for row in rows:
+        for name in re.findall(r"`(\w+)`", row):
+            assert name in known, name
+
+
+def test_every_metric_that_the_trainer_tracks_is_in_the_glossary():
+    glossary = (ROOT / "recipes" / "README.md").read_text()
+    names = re.findall(r'_track\(f?"([\w/{}]+)"', (ROOT / "recipes" / "ppo_trainer.py").read_text())
+    assert len(names) > 15
+    for name in names:
+        assert f"`{name.replace('{name}', '<function>')}`" in glossary, name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_yaml_header_gives_its_command_and_what_to_expect(path):
+    header = prose(path)
+    launched = [command for command in commands(path) if command[:2] == ["accelerate", "launch"]]
+    own = [c for c in launched if "--config" not in c or c[c.index("--config") + 1] == f"recipes/{path.name}"]
+    assert own, "its own command"
+    measured = re.search(r"\d+ (?:s|min)\b", header) and re.search(r"\d\.\d", header)
+    assert "not yet run" in header or measured, "expected time and number, or 'not yet run'"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_an_accelerate_config_is_short_and_loads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert 6 <= len(yaml.safe_load(path.read_text())) <= 10
+    assert load_config_from_file(str(path)).num_processes >= 1

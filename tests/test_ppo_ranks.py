@@ -1,0 +1,81 @@
+"""Two ranks on the CPU (torchrun, gloo): they train, save and resume, and do together what one rank does alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def runs(gpt2_path, tmp_path_factory):
+    """The jobs of two_ranks.py in one process and in two, side by side."""
+    folder = tmp_path_factory.mktemp("ranks")
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'recipes'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    script = str(ROOT / "tests" / "two_ranks.py")
+    launchers = {
+        1: [sys.executable],
+        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
+    running = {
+        ranks: subprocess.Popen(
+            [*launcher, script, gpt2_path, str(folder / str(ranks))],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for ranks, launcher in launchers.items()
+    }
+    for ranks, process in running.items():
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, f"{ranks} ranks:\n{output[-4000:]}"
+    return {
+        (ranks, name): (
+            folder / str(ranks) / name,
+            json.loads((folder / str(ranks) / name / "report.json").read_text()),
+        )
+        for ranks in launchers
+        for name in ("full", "lora")
+    }
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_rows_12_20_and_21_two_ranks_of_4_update_as_one_rank_of_8(runs, name):
+    (one, report_of_one), (two, report_of_two) = runs[1, name], runs[2, name]
+    assert (report_of_one["ranks"], report_of_two["ranks"]) == (1, 2)
+    alone, together = torch.load(one / "trained.pt"), torch.load(two / "trained.pt")
+    assert alone.keys() == together.keys()
+    for parameter in alone:
+        assert torch.allclose(alone[parameter], together[parameter], atol=1e-5), parameter
+    for first, second in zip(report_of_one["logged"], report_of_two["logged"], strict=True):
+        for metric in ("objective/kl", "objective/scores", "val/ratio", "policy/approxkl_avg", "grad_norm"):
+            assert first[metric] == pytest.approx(second[metric], abs=1e-5), metric
+    assert report_of_one["kl_coef"] == pytest.approx(report_of_two["kl_coef"], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_ranks_do_not_drift_apart(runs, name):
+    assert runs[2, name][1]["drift"] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_row_18_a_run_on_ranks_resumes_bit_identical(runs, ranks, name):
+    assert runs[ranks, name][1]["resumed_equals_whole"]
+
+
+def test_row_21_what_ranks_save_loads_as_a_plain_model(runs):
+    _, info = AutoModelForCausalLM.from_pretrained(runs[2, "full"][0] / "final", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    AutoPeftModelForCausalLM.from_pretrained(runs[2, "lora"][0] / "final")
+    for name in ("full", "lora"):
+        assert (runs[2, name][0] / "final" / "critic.safetensors").exists()

@@ -1,0 +1,141 @@
+"""Resuming: a run that was stopped and resumed ends as one that never was, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from ppo_trainer import PPOConfig, is_whole, last_checkpoint
+from test_ppo_trainer import make_trainer, prompts
+
+TIMINGS = ("time/", "step_time", "train_", "eval_runtime", "eval_samples_per", "eval_steps_per", "total_flos")
+
+
+class StopAt(TrainerCallback):
+    """Breaks off a run without any of its tidying up."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def job(path, folder, **set):
+    """Six rollouts in three passes over two rollouts' worth of prompts, a checkpoint after each."""
+    settings = {
+        "train_dataset": prompts(16),
+        "num_train_epochs": 3,
+        "num_mini_batches": 2,
+        "gradient_accumulation_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "logging_steps": 3,
+        "kl_target": 1.0,
+        "kl_horizon": 100,
+        "score_norm": True,
+    }
+    return make_trainer(path, folder, **(settings | set))
+
+
+def logged(trainer):
+    return [
+        {key: value for key, value in entry.items() if not key.removeprefix("eval_").startswith(TIMINGS)}
+        for entry in trainer.state.log_history
+        if "train_runtime" not in entry
+    ]
+
+
+def assert_same_end(resumed, whole):
+    ends = resumed._policy.state_dict(), whole._policy.state_dict()
+    assert ends[0].keys() == ends[1].keys()
+    for name in ends[0]:
+        assert torch.equal(ends[0][name], ends[1][name]), name
+    assert logged(resumed) == logged(whole)
+    assert resumed.kl_coef == whole.kl_coef
+    assert resumed.score_sums == whole.score_sums
+
+
+@pytest.mark.parametrize("stop", [5, 11, 18, 23])
+@pytest.mark.parametrize("variant", ["plain", "evaluation", "own critic"])
+def test_row_18_a_run_that_was_broken_off_and_resumed_ends_bit_identical(
+    gpt2_path, classifier_path, tmp_path, stop, variant
+):
+    if variant != "plain" and stop != 18:
+        pytest.skip("one moment is enough for this variant")
+    set = {}
+    if variant == "evaluation":
+        set = {"eval_dataset": prompts(3), "eval_strategy": "steps", "eval_steps": 3}
+    if variant == "own critic":
+        set = {"value_model_path": classifier_path, "value_learning_rate": 1e-3}
+    whole = job(gpt2_path, tmp_path / "whole", **set)
+    whole.train()
+    assert whole.state.global_step == 24
+    with pytest.raises(KeyboardInterrupt):
+        job(gpt2_path, tmp_path / "broken", callbacks=[StopAt(stop)], **set).train()
+    resumed = job(gpt2_path, tmp_path / "broken", **set)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, whole)
+
+
+def test_resuming_where_there_is_no_checkpoint_starts_from_the_beginning(gpt2_path, tmp_path):
+    trainer = job(gpt2_path, tmp_path, num_train_epochs=1)
+    trainer.train(resume_from_checkpoint="true")
+    assert trainer.state.global_step == 8
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(gpt2_path, tmp_path):
+    trainer = job(gpt2_path, tmp_path, num_train_epochs=1)
+    trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    state = tmp_path / "checkpoint-8" / "trainer_state.json"
+    state.write_text(state.read_text()[:-40])
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not is_whole(tmp_path / "checkpoint-8")
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-8' is not a whole checkpoint"):
+        job(gpt2_path, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_the_trainers_state_is_the_last_file_of_a_checkpoint(gpt2_path, tmp_path):
+    job(gpt2_path, tmp_path, num_train_epochs=1).train()
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint-8").iterdir()}
+    assert max(files, key=files.get) == "trainer_state.json"
+
+
+def test_checkpoints_fall_between_rollouts_and_say_so_when_rounded(tmp_path, capsys):
+    set = {"use_cpu": True, "bf16": False, "num_iterations": 4, "num_mini_batches": 2, "save_strategy": "steps"}
+    config = PPOConfig(output_dir=str(tmp_path), save_steps=12, **set)
+    assert config.save_steps == 16
+    assert capsys.readouterr().out == "save_steps: 12 is rounded up to 16, whole rollouts of 8 steps\n"
+    config = PPOConfig(output_dir=str(tmp_path), save_steps=16, **set)
+    assert config.save_steps == 16
+    assert not capsys.readouterr().out
+
+
+def test_the_best_checkpoint_by_held_out_score_is_loaded_at_the_end(gpt2_path, tmp_path):
+    trainer = job(
+        gpt2_path,
+        tmp_path,
+        eval_dataset=prompts(8),
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        learning_rate=1e-2,
+        num_train_epochs=2,
+    )
+    trainer.train()
+    scores = {e["step"]: e["eval_objective/scores"] for e in trainer.state.log_history if "eval_objective/scores" in e}
+    best = max(scores, key=scores.get)
+    assert trainer.state.best_metric == scores[best]
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "critic.safetensors")
+    assert torch.equal(trainer._policy.critic.weight, saved["weight"])
+    assert json.loads((tmp_path / f"checkpoint-{best}" / "ppo_state.json").read_text())["kl_coef"] == trainer.kl_coef
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,78 @@
+"""Run by test_ppo_ranks.py under torchrun, or in one process: the same jobs whatever the number of ranks.
+
+Completions are a function of the prompt alone, so the ranks together see what a single process sees.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+
+from test_ppo_trainer import make_trainer, prompts
+
+
+def fixed_completion(prompt_ids):
+    generator = torch.Generator().manual_seed(sum(prompt_ids))
+    length = int(torch.randint(1, 7, (1,), generator=generator))
+    return torch.randint(2, 290, (length,), generator=generator).tolist()
+
+
+def job(path, folder, lora=False, **set):
+    ranks = PartialState().num_processes
+    settings = {
+        "per_device_train_batch_size": 8 // ranks,
+        "gradient_accumulation_steps": 1,
+        "train_dataset": prompts(16),
+        "num_train_epochs": 2,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "whiten_rewards": True,
+        "kl_target": 1.0,
+        "kl_horizon": 100,
+        "score_norm": True,
+    }
+    if lora:
+        settings["peft_config"] = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    trainer = make_trainer(path, folder, **(settings | set))
+    trainer._generate_single_turn = lambda prompt_ids, *_: ([fixed_completion(ids) for ids in prompt_ids], None)
+    return trainer
+
+
+def trained(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def run(path, folder, lora):
+    trainer = job(path, folder / "whole", lora)
+    trainer.train()
+    whole = trained(trainer)
+    trainer.save_model(str(folder / "final"))
+
+    # As if it had been broken off after its second rollout: only the checkpoint is there.
+    resumed = job(path, folder / "resumed", lora)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    same = all(torch.equal(tensor, whole[name]) for name, tensor in trained(resumed).items())
+
+    drift = 0.0
+    for tensor in whole.values():
+        on_every_rank = trainer.accelerator.gather(tensor.flatten()[None])
+        drift = max(drift, (on_every_rank - on_every_rank[0]).abs().max().item())
+    if trainer.accelerator.is_main_process:
+        torch.save(whole, folder / "trained.pt")
+        logged = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+        report = {"ranks": trainer.accelerator.num_processes, "resumed_equals_whole": same, "drift": drift}
+        (folder / "report.json").write_text(json.dumps(report | {"logged": logged, "kl_coef": trainer.kl_coef}))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    model_path, output = sys.argv[1], Path(sys.argv[2])
+    for name, with_lora in (("full", False), ("lora", True)):
+        run(model_path, output / name, with_lora)
