@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, ProgressCallback
@@ -391,13 +391,22 @@ class PPOTrainer(GRPOTrainer):
         self._track("time/score", mask.new_tensor([scored - generated], dtype=torch.float))
         if mode == "train" and self.args.kl_target is not None:
             self._adapt_kl_coef(kl.sum(1))
+        advantages = whiten(advantages, mask, reduce=self._sum_over_ranks)
+        if self.log_completions:
+            self._keep_for_table(prompts, completions, advantages.sum(1) / mask.sum(1))
         return {
             **batch,
             "old_logprobs": policy.log_probs,
             "old_values": policy.values,
-            "advantages": whiten(advantages, mask, reduce=self._sum_over_ranks),
+            "advantages": advantages,
             "returns": returns,
         }
+
+    def _keep_for_table(self, prompts, completions, mean_advantages):
+        """What the parent's `log` shows as a table, in the terminal and in W&B, beside the scores kept before."""
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        self._logs["advantages"].extend(self.accelerator.gather(mean_advantages).tolist())
 
     def _score(self, model, batch):
         """`ScoredTokens` of a whole rollout, in micro-batches of like length."""
@@ -429,6 +438,8 @@ class PPOTrainer(GRPOTrainer):
     def _weighted_scores(self, inputs, prompts, completions, completion_ids):
         """Σ_k w_k·r_k for this rank's completions (B,); a reward function that says None has no say in a sample."""
         per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)  # over all ranks (N, K)
+        for name, column in zip(self.reward_func_names, per_func.T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
         start = self.accelerator.process_index * len(prompts)
         per_func = per_func[start : start + len(prompts)]
         for name, column in zip(self.reward_func_names, per_func.T, strict=True):
@@ -478,7 +489,8 @@ class PPOTrainer(GRPOTrainer):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; no step was taken")
         with torch.no_grad():
             log_ratio = scored.log_probs - inputs["old_logprobs"]
-            self._mini_batch_kl += (0.5 * log_ratio**2 * mask).sum() / inputs["num_tokens"]
+            if self.args.target_kl is not None:
+                self._mini_batch_kl += (0.5 * log_ratio**2 * mask).sum() / inputs["num_tokens"]
             self._track("policy/approxkl_avg", 0.5 * log_ratio**2, mask)
             self._track("policy/clipfrac_avg", policy_clipped, mask)
             self._track("policy/entropy_avg", scored.entropy, mask)
@@ -540,7 +552,8 @@ class PPOTrainer(GRPOTrainer):
         """Add to the running mean of a metric over what counts; `log` sums over ranks once."""
         mode = "train" if self.model.training else "eval"
         if mask is None:
-            values = self.accelerator.gather_for_metrics(values)  # without the samples that only fill up a last batch
+            if mode == "eval":  # without the samples that only fill up the last batch
+                values = self.accelerator.gather_for_metrics(values)
             mask = torch.ones_like(values)
         self._sums[mode][name] = self._sums[mode][name] + torch.stack([(values * mask).sum(), mask.sum()]).double()
 

@@ -112,3 +112,14 @@ def test_an_accelerate_config_is_short_and_loads(path):
 
     assert 6 <= len(yaml.safe_load(path.read_text())) <= 10
     assert load_config_from_file(str(path)).num_processes >= 1
+
+
+def test_the_table_of_defects_has_38_rows_and_every_test_it_names_exists():
+    table = (ROOT / "recipes" / "README.md").read_text().split("## What TRL's last PPOTrainer got wrong")[1]
+    rows = {int(row.split("|")[1]): row for row in table.splitlines() if re.match(r"\| \d+ \|", row)}
+    assert sorted(rows) == list(range(1, 39))
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").glob("*.py")), re.M))
+    for number, row in rows.items():
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named or "not yet run" in row, f"row {number} shows nothing and does not say so"
+        assert set(named) <= defined, f"row {number}: {set(named) - defined}"

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from ppo_trainer import PPOConfig, is_whole, last_checkpoint
 from test_ppo_trainer import make_trainer, prompts
 
-TIMINGS = ("time/", "step_time", "train_", "eval_runtime", "eval_samples_per", "eval_steps_per", "total_flos")
+TIMINGS = ("time/", "step_time", "runtime", "samples_per_second", "steps_per_second", "total_flos")
 
 
 class StopAt(TrainerCallback):

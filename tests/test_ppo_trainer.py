@@ -5,6 +5,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset
@@ -443,6 +444,29 @@ def test_row_16_evaluation_reports_score_kl_and_length_on_held_out_prompts(gpt2_
         assert len(history(trainer, name)) == 2
     metrics = trainer.evaluate()
     assert 0 <= metrics["eval_objective/scores"] <= 1
+
+
+def test_training_metrics_cover_the_whole_rollout_at_the_end_of_a_pass_too(gpt2_path, tmp_path):
+    trainer = make_trainer(
+        gpt2_path,
+        tmp_path,
+        lambda completions, **columns: [float(i) for i in range(len(completions))],
+        train_dataset=prompts(9),
+        num_train_epochs=2,
+    )
+    trainer.train()
+    assert history(trainer, "objective/scores") == [3.5, 3.5]
+
+
+def test_completions_are_logged_as_a_table_with_prompt_score_and_advantage(gpt2_path, tmp_path):
+    trainer = make_trainer(gpt2_path, tmp_path, log_completions=True, total_episodes=8, logging_steps=2)
+    trainer.train()
+    (file,) = (tmp_path / "completions").glob("*.parquet")
+    table = pandas.read_parquet(file)
+    assert len(table) == 8
+    assert set(table["prompt"]) <= set(PROMPTS)
+    assert table["letter_share"].mean() == pytest.approx(history(trainer, "objective/scores")[0], abs=1e-6)
+    assert table["advantage"].notna().all()
 
 
 def test_evaluation_averages_over_samples_not_over_batches(gpt2_path, tmp_path):
