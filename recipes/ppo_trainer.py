@@ -374,7 +374,7 @@ class PPOTrainer(GRPOTrainer):
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_ranks)
 
         # 5. Advantages and returns.
-        advantages, returns = gae(rewards, policy.values, mask, self.args.gamma, self.args.lam)
+        advantages, returns = gae(rewards, policy.state_values, mask, self.args.gamma, self.args.lam)
         scored = time.perf_counter()
         self._rollout_times = started, scored
 
@@ -386,7 +386,7 @@ class PPOTrainer(GRPOTrainer):
         self._track("objective/rlhf_reward", sequence_reward)
         self._track("objective/missing_eos", (~finished).float())
         self._track("objective/kl_coef", torch.full_like(raw_scores, self.kl_coef))
-        self._track("val/explained_variance", self._explained_variance(policy.values, returns, mask)[None])
+        self._track("val/explained_variance", self._explained_variance(policy.state_values, returns, mask)[None])
         self._track("time/generate", mask.new_tensor([generated - started], dtype=torch.float))
         self._track("time/score", mask.new_tensor([scored - generated], dtype=torch.float))
         if mode == "train" and self.args.kl_target is not None:
@@ -397,7 +397,7 @@ class PPOTrainer(GRPOTrainer):
         return {
             **batch,
             "old_logprobs": policy.log_probs,
-            "old_values": policy.values,
+            "old_values": policy.state_values,
             "advantages": advantages,
             "returns": returns,
         }
@@ -480,7 +480,7 @@ class PPOTrainer(GRPOTrainer):
             scored.log_probs, inputs["old_logprobs"], advantages, self.epsilon_low, self.epsilon_high
         )
         value_loss, value_clipped = clipped_value_loss(
-            scored.values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+            scored.state_values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
         # DDP averages gradients over ranks, hence its factor; micro-batches and ranks then add up to the mini-batch.
         share = self.accelerator.num_processes / inputs["num_tokens"]

@@ -22,7 +22,7 @@ class ScoredTokens(ModelOutput):
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    state_values: torch.Tensor | None = None  # not `values`, which would hide the method of that name from DDP
 
 
 class ValueHead(nn.Linear):
@@ -109,7 +109,7 @@ def _score_completions(model, fused_forward, num_completion_tokens, input_ids, a
         hook.remove()
     critic = getattr(model, "critic", None)
     values = None if critic is None else critic(hidden_states, **inputs) * attention_mask[:, completion]
-    return ScoredTokens(log_probs=scored.log_probs, entropy=scored.entropy, values=values)
+    return ScoredTokens(log_probs=scored.log_probs, entropy=scored.entropy, state_values=values)
 
 
 def pad_batch(prompt_ids, completion_ids, pad_token_id):

@@ -166,7 +166,7 @@ def replay(trainer, trl, micro, **inputs):
     mask = trl.mask[rows]
     forward = ScoredTokens(
         log_probs=torch.tensor(micro["new_logprobs"]) * mask,
-        values=torch.tensor(micro["vpred"]) * mask,
+        state_values=torch.tensor(micro["vpred"]) * mask,
         entropy=torch.zeros(mask.shape),
     )
     trainer._sums["train"].clear()
@@ -230,7 +230,7 @@ def test_values_of_a_separate_critic_are_trls(name, tmp_path):
     policy, _, value_model = without_dropout(trl.case)
     value_model.save_pretrained(tmp_path)
     ours, mask = scored(trl, policy, ValueModel(tmp_path, policy.config.vocab_size))
-    assert_close(ours.values[mask.bool()], trl.values[mask.bool()])
+    assert_close(ours.state_values[mask.bool()], trl.values[mask.bool()])
 
 
 @pytest.mark.parametrize("name", SHARED_TRUNK)
@@ -240,7 +240,7 @@ def test_a_value_head_on_the_policy_gives_the_values_of_trls_critic_on_a_copy_of
     head = ValueHead(policy.config.hidden_size)
     head.weight.data.copy_(value_model.score.weight)
     ours, mask = scored(trl, policy, head)
-    assert_close(ours.values[mask.bool()], trl.values[mask.bool()])
+    assert_close(ours.state_values[mask.bool()], trl.values[mask.bool()])
 
 
 @pytest.mark.parametrize("name", EVERY)

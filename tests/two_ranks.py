@@ -4,11 +4,11 @@ Completions are a function of the prompt alone, so the ranks together see what a
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig
 
 from test_ppo_trainer import make_trainer, prompts
@@ -21,7 +21,7 @@ def fixed_completion(prompt_ids):
 
 
 def job(path, folder, lora=False, **set):
-    ranks = PartialState().num_processes
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
         "per_device_train_batch_size": 8 // ranks,
         "gradient_accumulation_steps": 1,
