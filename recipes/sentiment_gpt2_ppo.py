@@ -38,7 +38,7 @@ class PPOArguments(ScriptArguments):
 def load_prompts(script_args, split, tokenizer, seed):
     """A dataset with the column `prompt`: whole, or its first few tokens, their number drawn with `seed`."""
     column = script_args.prompt_column
-    data = load_split(script_args.dataset_name, split, columns=[column])
+    data = load_split(script_args.dataset_name, split, columns=[column], config=script_args.dataset_config)
     data = data.filter(lambda row: len(row[column]) >= script_args.min_prompt_characters, desc="Filtering prompts")
     rng = random.Random(seed)
 

@@ -38,10 +38,10 @@ def pair_by_label(labelled, preferred_label, seed):
 
 
 def load_pairs(script_args, split, seed):
-    data = load_split(script_args.dataset_name, split)
+    data = load_split(script_args.dataset_name, split, config=script_args.dataset_config)
     if {"text", "label"} <= set(data.column_names):
         return pair_by_label(data, script_args.preferred_label, seed)
-    return load_split(script_args.dataset_name, split, columns=["chosen", "rejected"])
+    return load_split(script_args.dataset_name, split, ["chosen", "rejected"], script_args.dataset_config)
 
 
 def tokenize(pairs, tokenizer, max_length):

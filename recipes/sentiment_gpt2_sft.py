@@ -63,7 +63,9 @@ def scratch_model(script_args, tokenizer, max_length):
 
 def load_texts(script_args, split, column):
     """A dataset with nothing but the column of text."""
-    data = load_split(script_args.dataset_name, split, columns=[column]).select_columns(column)
+    data = load_split(
+        script_args.dataset_name, split, columns=[column], config=script_args.dataset_config
+    ).select_columns(column)
     if script_args.first_characters is None:
         return data
     return data.map(lambda row: {column: row[column][: script_args.first_characters]}, desc="Cutting texts")
