@@ -24,7 +24,8 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig, ProgressCallback
+from transformers import GenerationConfig, ProgressCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -602,6 +603,12 @@ class PPOTrainer(GRPOTrainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise ValueError(f"resume_from_checkpoint: '{resume_from_checkpoint}' is not a whole checkpoint")
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one step more
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_critic(self, folder):

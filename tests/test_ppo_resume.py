@@ -81,6 +81,17 @@ def test_row_18_a_run_that_was_broken_off_and_resumed_ends_bit_identical(
     assert_same_end(resumed, whole)
 
 
+def test_resuming_a_run_that_had_finished_takes_no_further_step(gpt2_path, tmp_path):
+    whole = job(gpt2_path, tmp_path, max_steps=8)
+    whole.train()
+    resumed = job(gpt2_path, tmp_path, max_steps=8)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    ends = resumed._policy.state_dict(), whole._policy.state_dict()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    assert resumed.kl_coef == whole.kl_coef
+
+
 def test_resuming_where_there_is_no_checkpoint_starts_from_the_beginning(gpt2_path, tmp_path):
     trainer = job(gpt2_path, tmp_path, num_train_epochs=1)
     trainer.train(resume_from_checkpoint="true")
