@@ -302,6 +302,10 @@ class PPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
 
+    @property
+    def _micro_batches_per_rollout(self):
+        return self.args.steps_per_generation * self.num_iterations
+
     def _get_train_sampler(self, dataset=None):
         return SeededByPass(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
@@ -312,7 +316,7 @@ class PPOTrainer(GRPOTrainer):
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
         steps_per_epoch = self.args.steps_per_generation
-        if self._rollout is None or self._step % (steps_per_epoch * self.num_iterations) == 0:
+        if self._rollout is None or self._step % self._micro_batches_per_rollout == 0:
             self._rollout, self._skip_epochs = self._generate_and_score_completions(generation_batch), False
         if self._buffered_inputs is None or self._step % steps_per_epoch == 0:
             self._buffered_inputs = self._split(self._rollout)
@@ -379,11 +383,10 @@ class PPOTrainer(GRPOTrainer):
         scored = time.perf_counter()
         self._rollout_times = started, scored
 
-        non_score_reward = -self.kl_coef * kl.sum(1)
         self._track("objective/kl", kl.sum(1))
         self._track("objective/entropy", -policy.log_probs.sum(1))
         self._track("objective/scores", raw_scores)
-        self._track("objective/non_score_reward", non_score_reward)
+        self._track("objective/non_score_reward", -self.kl_coef * kl.sum(1))
         self._track("objective/rlhf_reward", sequence_reward)
         self._track("objective/missing_eos", (~finished).float())
         self._track("objective/kl_coef", torch.full_like(raw_scores, self.kl_coef))
@@ -503,7 +506,7 @@ class PPOTrainer(GRPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch; nothing once this rollout's updates have moved the policy further than `target_kl`."""
-        if self._skip_epochs and self._step % (self.args.steps_per_generation * self.num_iterations):
+        if self._skip_epochs and self._step % self._micro_batches_per_rollout:
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -512,7 +515,7 @@ class PPOTrainer(GRPOTrainer):
             self._mini_batch_kl, self._skip_epochs = 0.0, moved > self.args.target_kl
             if self._skip_epochs:  # without gradients AdamW leaves a parameter as it is
                 model.zero_grad(set_to_none=True)
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+        if self._step % self._micro_batches_per_rollout == 0:
             started, scored = self._rollout_times
             now = time.perf_counter()
             self._track("time/update", loss.new_tensor([now - scored]))
