@@ -1,8 +1,9 @@
 """PPO for language models: TRL's `GRPOTrainer` with the critic put back.
 
-The formulas come first, as pure functions over `(batch, tokens)` tensors; then `PPOConfig`; then `PPOTrainer`, which
-overrides the few hooks of its parent in which PPO differs. Everything else (generation, reward functions, PEFT,
-DeepSpeed/FSDP, logging, checkpoints) is TRL's and transformers'. The hooks are private, so `trl` is pinned exactly.
+The formulas come first, as pure functions over `(batch, tokens)` tensors; then `PPOTrainer`, which overrides the few
+hooks of its parent in which PPO differs. Everything else (generation, reward functions, PEFT, DeepSpeed, logging,
+checkpoints) is TRL's and transformers'. The hooks are private, so `trl` is pinned exactly. The settings are in
+`ppo_config.py`.
 
 Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded). A `mask` of shape (B, C) is 1
 on the tokens that count: the completion's own, its end token included.
@@ -11,27 +12,22 @@ Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (1909.0859
 Huang et al. 2024 (2403.17031).
 """
 
-import json
 import math
-import os
 import time
 from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig, ProgressCallback, TrainerState
-from transformers.trainer_utils import TrainOutput
-from trl import GRPOConfig, GRPOTrainer
+from transformers import GenerationConfig, ProgressCallback
+from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from ppo_config import PPOConfig
 from rewards import checked
-from run_support import LogBeforeSave, RolloutProgress, SeededByPass, is_whole, last_checkpoint
+from run_support import CriticCheckpoints, LogBeforeSave, RolloutProgress, SeededByPass
 from scoring import ScoredTokens, ValueHead, ValueModel, add_scoring_forward, pad_batch, take_rows
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -108,146 +104,11 @@ def next_kl_coef(kl_coef, kl, target, horizon, n):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------
-
-
-# GRPO's settings that mean nothing to PPO, by what to use instead. `recipe_args` leaves them out of --help.
-NOT_PPO = {
-    "use kl_coef": "beta",
-    "PPO samples one completion for each prompt": "num_generations num_generations_eval",
-    "use num_mini_batches and gradient_accumulation_steps": "generation_batch_size steps_per_generation",
-    "with dropout, sampling and scoring would disagree": "disable_dropout",
-    "use whiten_rewards or score_norm": "scale_rewards",
-    "scores are summed with reward_weights": "multi_objective_aggregation",
-    "use kl_estimator": "use_bias_correction_kl",
-    "use missing_eos_penalty": "mask_truncated_completions",
-    "the loss is PPO's": "loss_type importance_sampling_level delta off_policy_mask_threshold router_aux_loss_coef "
-    "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
-    "PPO here has no entropy term": "entropy_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min "
-    "entropy_coef_max entropy_coef_delta entropy_target",
-    "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
-    "old log-probabilities are the trainer's own": "vllm_importance_sampling_correction vllm_importance_sampling_cap "
-    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
-    "tools are not supported": "max_tool_calling_iterations",
-    "use use_transformers_continuous_batching": "use_transformers_paged",
-    'use model_init_kwargs={"use_kernels": True}': "use_liger_kernel",
-}
-
-
-@dataclass
-class PPOConfig(GRPOConfig):
-    """`GRPOConfig` for PPO. One rollout is `per_device_train_batch_size × gradient_accumulation_steps ×
-    num_mini_batches` completions on each rank, one for each prompt; it is followed by `num_iterations` PPO epochs of
-    `num_mini_batches` optimiser steps each.
-
-    Raises `ValueError`, naming the setting, for a value that cannot work or a GRPO setting that means nothing here.
-    """
-
-    learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of AdamW."})
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW; PPO implementations use 1e-5."})
-    num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over each rollout."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimiser steps per PPO epoch."})
-    total_episodes: int | None = field(
-        default=None, metadata={"help": "Completions to sample in all; sets `max_steps`, in whole rollouts."}
-    )
-    kl_coef: float = field(default=0.05, metadata={"help": "β, the price of KL inside the reward, per nat."})
-    kl_estimator: str = field(
-        default="k1", metadata={"help": "Per-token KL estimate in the reward.", "choices": ["k1", "k3"]}
-    )
-    kl_target: float | None = field(
-        default=None, metadata={"help": "Adapt β towards this KL per sequence, in nats; fixed β if not set."}
-    )
-    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which an adaptive β reacts."})
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "Skip the rest of a rollout's epochs once approxkl (new against old policy) passes this."},
-    )
-    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE, per token."})
-    lam: float = field(default=0.95, metadata={"help": "λ of GAE."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
-    whiten_rewards: bool = field(
-        default=False, metadata={"help": "Scale per-token rewards to unit variance; the mean stays."}
-    )
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a completion without an end token."}
-    )
-    score_norm: bool = field(
-        default=False, metadata={"help": "Normalise scores by their running mean and standard deviation."}
-    )
-    score_clip: float | None = field(default=None, metadata={"help": "Clip scores to ± this, after normalising."})
-    value_model_path: str | None = field(
-        default=None,
-        metadata={"help": "Causal sequence classifier to start a separate critic from; value head if not set."},
-    )
-    value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the critic's own weights; `learning_rate` if not set."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Always: sampling and scoring must agree."})
-    num_generations: int = field(default=1, metadata={"help": "PPO samples one completion for each prompt."})
-    num_generations_eval: int = field(default=1, metadata={"help": "One completion for each held-out prompt."})
-    beta: float = field(default=1.0, metadata={"help": "Not PPO's; non-zero, so that the parent loads the reference."})
-
-    REFUSED: ClassVar[dict[str, str]] = {name: advice for advice, names in NOT_PPO.items() for name in names.split()}
-
-    def __post_init__(self):
-        for setting in fields(self):
-            advice = self.REFUSED.get(setting.name)
-            if advice and getattr(self, setting.name) != setting.default:
-                raise ValueError(f"{setting.name}: not a setting of PPO; {advice}")
-        self._check_ranges()
-        self.steps_per_generation = self.gradient_accumulation_steps * self.num_mini_batches
-        local_rollout = self.per_device_train_batch_size * self.steps_per_generation
-        if local_rollout < 2:
-            raise ValueError("per_device_train_batch_size: a rollout of 1 completion has no variance to whiten; use 2")
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "objective/scores"
-        self._round_to_rollouts()
-        self.vllm_importance_sampling_correction = False
-        # The parent insists on groups of two and more: show it one group the size of the rollout.
-        self.num_generations = local_rollout
-        super().__post_init__()
-        self.num_generations = 1
-        if self.total_episodes is not None:
-            rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
-            self.max_steps = rollouts * self.num_iterations * self.num_mini_batches
-
-    def _round_to_rollouts(self):
-        """Checkpoints, and the evaluations that go with them, fall between rollouts: there a run resumes exactly."""
-        steps_per_rollout = self.num_iterations * self.num_mini_batches
-        for name in ("save_steps", "eval_steps") if self.load_best_model_at_end else ("save_steps",):
-            steps = getattr(self, name) or self.logging_steps
-            if self.save_strategy == "steps" and steps % steps_per_rollout:
-                rounded = math.ceil(steps / steps_per_rollout) * steps_per_rollout
-                setattr(self, name, rounded)
-                print(f"{name}: {steps:g} is rounded up to {rounded}, whole rollouts of {steps_per_rollout} steps")
-
-    def _check_ranges(self):
-        for name in ("num_iterations", "num_mini_batches", "kl_horizon", "temperature", "max_completion_length"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be positive")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
-        for name in ("kl_target", "target_kl", "score_clip", "total_episodes", "value_learning_rate"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be positive, or null")
-        for name in ("kl_coef", "vf_coef", "cliprange_value", "epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must not be negative")
-        if self.kl_estimator not in ("k1", "k3"):
-            raise ValueError(f"kl_estimator: '{self.kl_estimator}' must be 'k1' or 'k3'")
-        if self.total_episodes is not None and self.max_steps > 0:
-            raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # The trainer
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(CriticCheckpoints, GRPOTrainer):
     """Actor-critic PPO on TRL's `GRPOTrainer`, whose arguments it takes.
 
     `reward_funcs` are plain functions with TRL's signature, `f(prompts, completions, **columns) -> list[float]`; wrap
@@ -261,7 +122,7 @@ class PPOTrainer(GRPOTrainer):
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
     _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
-    def __init__(self, model, reward_funcs, args, train_dataset, **kwargs):
+    def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
         if hasattr(train_dataset, "__len__") and len(train_dataset) < args.generation_batch_size:
             raise ValueError(
                 f"train_dataset: {len(train_dataset)} prompts, but one rollout takes {args.generation_batch_size}; add "
@@ -573,58 +434,3 @@ class PPOTrainer(GRPOTrainer):
             self._metrics[mode][name] = [total / count]
         self._sums[mode].clear()
         super().log(logs, start_time)
-
-    # -- Saving and loading ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _without_critic(self):
-        """The policy alone, so that what is written loads as a plain causal LM, and loads without a warning."""
-        policy = self._policy
-        critic = policy._modules.pop("critic")
-        try:
-            yield critic
-        finally:
-            policy.critic = critic
-
-    def _save(self, output_dir=None, state_dict=None):
-        output_dir = output_dir or self.args.output_dir
-        with self._without_critic() as critic:
-            critic_state = critic.state_dict()
-            if state_dict is not None:  # gathered by FSDP or DeepSpeed, critic included
-                critic_state = {k.rpartition("critic.")[2]: v for k, v in state_dict.items() if "critic." in k}
-                state_dict = {k: v for k, v in state_dict.items() if "critic." not in k}
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            critic_state = {name: tensor.contiguous().cpu() for name, tensor in critic_state.items()}
-            save_file(critic_state, os.path.join(output_dir, "critic.safetensors"))
-            with open(os.path.join(output_dir, "ppo_state.json"), "w") as file:
-                json.dump({"kl_coef": self.kl_coef, "score_sums": self.score_sums}, file)
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trainer's `train`; `True` (or "true") resumes from the last whole checkpoint, or starts if there is none."""
-        if str(resume_from_checkpoint).lower() == "true":
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
-            raise ValueError(f"resume_from_checkpoint: '{resume_from_checkpoint}' is not a whole checkpoint")
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one step more
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-
-    def _load_critic(self, folder):
-        self._policy.critic.load_state_dict(load_file(os.path.join(folder, "critic.safetensors")))
-        with open(os.path.join(folder, "ppo_state.json")) as file:
-            self.__dict__.update(json.load(file))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with self._without_critic():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_critic(resume_from_checkpoint)
-
-    def _load_best_model(self):
-        with self._without_critic():
-            super()._load_best_model()
-        self._load_critic(self.state.best_model_checkpoint)

@@ -282,6 +282,15 @@ def _listed(choices) -> str:
     return ", ".join(str(choice) for choice in choices)
 
 
+# --- Models -------------------------------------------------------------------------------------------------------
+
+
+def check_merge(merge_adapter: bool, use_peft: bool) -> None:
+    """UserError where there will be no adapter to merge."""
+    if merge_adapter and not use_peft:
+        raise UserError("merge_adapter: true, but use_peft is false, so there is no adapter; set use_peft: true")
+
+
 # --- Paths and data -----------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,14 @@ classifier, `word_count` and its opposite with plain Python, and `checked` refus
 
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -228,6 +230,17 @@ def _label_index(path, id2label: dict[int, str], label) -> int:
     raise ValueError(f"reward model {path!r} has no label {label!r}; it has {known}")
 
 
+@contextmanager
+def _whole_on_every_rank():
+    """Under ZeRO-3 `from_pretrained` gives each rank a share of the weights, which only DeepSpeed's engine can run."""
+    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
+
+
+@_whole_on_every_rank()
 def _load_classifier(path: str, dtype):
     """The classifier at `path` and its tokenizer. A head that was never trained is an error, not a random score."""
     if find_adapter_config_file(path) is not None:

@@ -1,11 +1,15 @@
 """What a run needs beside its algorithm: progress that can be read, and checkpoints from which it resumes exactly."""
 
 import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from transformers import ProgressCallback, TrainerCallback
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 
 class SeededByPass(Sampler):
@@ -62,3 +66,85 @@ def last_checkpoint(folder):
     """The whole checkpoint of the most steps in `folder`, or None; half-written ones are passed over."""
     whole = [path for path in Path(folder).glob("checkpoint-*") if is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+class CriticCheckpoints:
+    """For a trainer whose policy carries a critic: writes both, restores both, and resumes from whole checkpoints only.
+
+    `critic.safetensors` stands beside the policy, which is written as if it had none; `ppo_state.json` holds what else
+    a rollout depends on, the trainer's `kl_coef` and `score_sums`.
+    """
+
+    @contextmanager
+    def _without_critic(self):
+        """The policy alone, so that what is written loads as a plain causal LM, and loads without a warning."""
+        policy = self._policy
+        critic = policy._modules.pop("critic")
+        try:
+            yield critic
+        finally:
+            policy.critic = critic
+
+    def _save(self, output_dir=None, state_dict=None):
+        output_dir = output_dir or self.args.output_dir
+        with self._without_critic() as critic:
+            critic_state = critic.state_dict()
+            if state_dict is not None:  # gathered by FSDP or DeepSpeed, critic included
+                critic_state = {k.rpartition("critic.")[2]: v for k, v in state_dict.items() if "critic." in k}
+                state_dict = {k: v for k, v in state_dict.items() if "critic." not in k}
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            critic_state = {name: tensor.contiguous().cpu() for name, tensor in critic_state.items()}
+            save_file(critic_state, os.path.join(output_dir, "critic.safetensors"))
+            with open(os.path.join(output_dir, "ppo_state.json"), "w") as file:
+                json.dump({"kl_coef": self.kl_coef, "score_sums": self.score_sums}, file)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trainer's `train`; `True` (or "true") resumes from the last whole checkpoint, or starts if there is none."""
+        if str(resume_from_checkpoint).lower() == "true":
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise ValueError(f"resume_from_checkpoint: '{resume_from_checkpoint}' is not a whole checkpoint")
+        if resume_from_checkpoint:
+            self._load_ppo_state(resume_from_checkpoint)
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one step more
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _load_ppo_state(self, folder):
+        with open(os.path.join(folder, "ppo_state.json")) as file:
+            self.__dict__.update(json.load(file))
+
+    def _load_critic(self, folder):
+        self._policy.critic.load_state_dict(load_file(os.path.join(folder, "critic.safetensors")))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # not called under DeepSpeed
+        with self._without_critic():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_critic(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        self._load_ppo_state(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:  # whose engine loads the critic with the policy
+            super()._load_best_model()
+            return
+        with self._without_critic():
+            super()._load_best_model()
+        self._load_critic(self.state.best_model_checkpoint)
+
+
+def merge_adapter(folder, dtype="auto"):
+    """Write the model that a LoRA adapter and its base make together to `folder`/merged, with its tokenizer.
+
+    The base is loaded anew, so that weights which were quantised for training are merged at full precision. Returns
+    the new folder; it loads with plain `AutoModelForCausalLM`.
+    """
+    from peft import AutoPeftModelForCausalLM  # takes seconds, and most runs have no adapter
+
+    merged = Path(folder) / "merged"
+    AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).merge_and_unload().save_pretrained(merged)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(merged)
+    return str(merged)

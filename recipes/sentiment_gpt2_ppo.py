@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ppo_trainer import PPOConfig, PPOTrainer
-from recipe_args import load_split, one_line_errors, parse, require_path
+from ppo_config import PPOConfig
+from ppo_trainer import PPOTrainer
+from recipe_args import check_merge, load_split, one_line_errors, parse, require_path
 from rewards import RewardModel
+from run_support import merge_adapter
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,10 @@ class PPOArguments(ScriptArguments):
         default=None, metadata={"help": "Cut each prompt to a random number of tokens: least and most."}
     )
     min_prompt_characters: int = field(default=1, metadata={"help": "Leave out shorter texts."})
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "With use_peft: write adapter and base as one model too, to output_dir/merged."},
+    )
 
 
 def load_prompts(script_args, split, tokenizer, seed):
@@ -52,6 +58,7 @@ def load_prompts(script_args, split, tokenizer, seed):
 
 
 def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
+    check_merge(script_args.merge_adapter, model_args.use_peft)
     path = require_path("model_name_or_path", model_args.model_name_or_path)
     reward_path = require_path("reward_model", script_args.reward_model, kind="reward model")
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -60,7 +67,11 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     if training_args.eval_strategy != "no":
         test = load_prompts(script_args, script_args.dataset_test_split, tokenizer, training_args.seed)
 
-    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    training_args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    }
     trainer = PPOTrainer(
         model=path,
         reward_funcs=[RewardModel(reward_path, label=script_args.reward_label)],
@@ -73,7 +84,9 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    print(f"policy, tokenizer and critic: {training_args.output_dir}")
+    trainer.accelerator.print(f"policy, tokenizer and critic: {training_args.output_dir}")
+    if script_args.merge_adapter and trainer.is_world_process_zero():
+        print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")
     return trainer
 
 

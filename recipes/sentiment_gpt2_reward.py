@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, get_peft_config
+from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, get_peft_config, get_quantization_config
 
 from recipe_args import UserError, load_split, one_line_errors, parse, require_path
 from rewards import RewardModel, encode
@@ -71,7 +71,11 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
     test = test.select(range(min(len(test), script_args.test_pairs)))
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    training_args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    }
     trainer = RewardTrainer(
         model=path,
         args=training_args,
@@ -79,6 +83,7 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
         eval_dataset=tokenize(test, tokenizer, training_args.max_length),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()

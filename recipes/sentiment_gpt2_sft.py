@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from recipe_args import load_split, one_line_errors, parse, require_path
+from recipe_args import check_merge, load_split, one_line_errors, parse, require_path
+from run_support import merge_adapter
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -31,6 +32,10 @@ class SFTArguments(ScriptArguments):
         metadata={"help": "Keep only the beginning of each text: faster where `max_length` cuts it anyway."},
     )
     test_rows: int = field(default=1000, metadata={"help": "Held-out texts to evaluate on, from the first on."})
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "With use_peft: write adapter and base as one model too, to output_dir/merged."},
+    )
 
 
 def train_tokenizer(texts, vocab_size):
@@ -72,6 +77,7 @@ def load_texts(script_args, split, column):
 
 
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
+    check_merge(script_args.merge_adapter, model_args.use_peft)
     column = training_args.dataset_text_field
     train = load_texts(script_args, script_args.dataset_train_split, column)
     test = load_texts(script_args, script_args.dataset_test_split, column)
@@ -83,7 +89,11 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     else:
         model = require_path("model_name_or_path", model_args.model_name_or_path)
-        training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+        training_args.model_init_kwargs = {
+            "dtype": model_args.dtype,
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+        }
         tokenizer = AutoTokenizer.from_pretrained(model)
 
     trainer = SFTTrainer(
@@ -93,12 +103,16 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         eval_dataset=test,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
-    print(f"held-out loss {metrics['eval_loss']:.3f} nats per token, n = {len(trainer.eval_dataset)} reviews")
-    print(f"model and tokenizer: {training_args.output_dir}")
+    if trainer.is_world_process_zero():
+        print(f"held-out loss {metrics['eval_loss']:.3f} nats per token, n = {len(trainer.eval_dataset)} reviews")
+        print(f"model and tokenizer: {training_args.output_dir}")
+    if script_args.merge_adapter and trainer.is_world_process_zero():
+        print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")
     return trainer
 
 

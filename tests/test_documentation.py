@@ -13,7 +13,8 @@ import yaml
 from trl import ModelConfig
 
 from conftest import ROOT
-from ppo_trainer import PPOConfig, PPOTrainer
+from ppo_config import PPOConfig
+from ppo_trainer import PPOTrainer
 from recipe_args import parse
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from ppo_trainer import PPOConfig, is_whole, last_checkpoint
+from ppo_config import PPOConfig
+from run_support import is_whole, last_checkpoint
 from test_ppo_trainer import make_trainer, prompts
 
 TIMINGS = ("time/", "step_time", "runtime", "samples_per_second", "steps_per_second", "total_flos")

@@ -19,7 +19,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from ppo_trainer import PPOConfig, PPOTrainer, ValueModel, add_scoring_forward, pad_batch
+from ppo_config import PPOConfig
+from ppo_trainer import PPOTrainer, ValueModel, add_scoring_forward, pad_batch
 
 PROMPTS = [
     "the movie",
@@ -504,6 +505,7 @@ def test_row_19_the_critic_is_saved_and_restored_and_the_policy_loads_without_it
     fresh = make_trainer(gpt2_path, tmp_path, total_episodes=8, **set)
     start = fresh._policy.state_dict()
     assert any(not torch.equal(start[name], trained[name]) for name in trained if name.startswith("critic."))
+    fresh._load_ppo_state(str(tmp_path / "final"))
     fresh._load_from_checkpoint(str(tmp_path / "final"))
     assert "critic" not in caplog.text  # no warning of unexpected or missing weights
     for name, tensor in fresh._policy.state_dict().items():
@@ -524,6 +526,17 @@ def test_row_30_the_critic_is_a_head_on_the_policys_trunk_by_default(gpt2_path, 
         with torch.no_grad():
             expected = head(model.transformer(torch.tensor([prompt + seen])).last_hidden_state[0, -1:]).item()
         assert values[0, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_value_loss_moves_the_trunk_that_the_head_shares(gpt2_path, tmp_path):
+    """With advantages of 0 the policy loss is flat, so what moves the trunk is the value loss alone."""
+    trainer = make_trainer(gpt2_path, tmp_path)
+    rollout = roll_out(trainer)
+    rollout["advantages"] = torch.zeros_like(rollout["advantages"])
+    rollout["num_tokens"] = rollout["completion_mask"].sum()
+    trainer._compute_loss(trainer.model, rollout).backward()
+    assert trainer._policy.transformer.h[0].mlp.c_fc.weight.grad.abs().max() > 0
+    assert trainer._policy.critic.weight.grad.abs().max() > 0
 
 
 def test_row_30_a_separate_critic_starts_from_a_sequence_classifier(gpt2_path, classifier_path, tmp_path):

@@ -8,7 +8,9 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import ROOT
@@ -177,10 +179,52 @@ def test_a_reward_model_is_not_trained_beyond_its_positions(toy_run):
         )
 
 
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_lora_and_quantisation_are_keys_of_the_yaml_and_the_merged_model_is_the_policy(toy_run, tmp_path, bits):
+    folder, _ = toy_run
+    values = yaml.safe_load((ROOT / "recipes" / "sentiment_gpt2_ppo_tiny.yaml").read_text()) | {
+        "model_name_or_path": str(folder / "sft"),
+        "reward_model": str(folder / "reward"),
+        "dataset_name": str(folder / "data" / "prompts"),
+        "output_dir": str(tmp_path / "ppo"),
+        "total_episodes": 16,
+        "per_device_train_batch_size": 16,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["c_attn", "c_proj"],
+        "merge_adapter": True,
+        "disable_tqdm": True,
+    }
+    if bits:
+        values[f"load_in_{bits}bit"] = True
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(values))
+    trainer = run("sentiment_gpt2_ppo", "--config", str(tmp_path / "lora.yaml"))
+
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "critic." in name for name in trainable)
+    layers = {type(module).__name__ for module in trainer.model.modules()}
+    assert {4: "Linear4bit", 8: "Linear8bitLt", None: "Conv1D"}[bits] in layers
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo" / "merged", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    with_adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ppo").eval()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "ppo" / "merged")("a fine film", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        whole, apart = merged.eval()(ids).logits, with_adapter(ids).logits
+        with with_adapter.disable_adapter():
+            before = with_adapter(ids).logits
+    assert torch.allclose(whole, apart, atol=1e-4)
+    assert not torch.allclose(whole, before, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("stem", "options", "said"),
     [
         ("sentiment_gpt2_sft", ["--dataset_name", "data/no/such"], "data/no/such"),
+        ("sentiment_gpt2_sft", ["--merge_adapter", "true"], "merge_adapter: true, but use_peft is false"),
+        ("sentiment_gpt2_ppo", ["--merge_adapter", "true"], "merge_adapter: true, but use_peft is false"),
         ("sentiment_gpt2_reward", ["--model_name_or_path", "runs/no-such"], "model_name_or_path: 'runs/no-such'"),
         ("sentiment_gpt2_ppo", ["--model_name_or_path", "runs/no-such"], "model_name_or_path: 'runs/no-such'"),
         ("sentiment_gpt2_ppo", ["--reward_model", "runs/no-such"], "reward_model: 'runs/no-such'"),
