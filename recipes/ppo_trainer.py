@@ -27,7 +27,7 @@ from trl.trainer.utils import use_adapter
 
 from ppo_config import PPOConfig
 from rewards import checked
-from run_support import CriticCheckpoints, LogBeforeSave, RolloutProgress, SeededByPass
+from run_support import CriticCheckpoints, LogBeforeSave, RolloutProgress, SeededByPass, keep_trainable
 from scoring import ScoredTokens, ValueHead, ValueModel, add_scoring_forward, pad_batch, take_rows
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -136,6 +136,7 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
                     "rewards.RewardModel(path)"
                 )
         super().__init__(model, [checked(f) for f in reward_funcs], args, train_dataset, **kwargs)
+        keep_trainable(self.model)
         end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
         self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
         add_scoring_forward(self._policy, self.temperature)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
+from trl import ScriptArguments, TrlParser
 
 HERE = Path(__file__).resolve().parent
 
@@ -282,13 +282,29 @@ def _listed(choices) -> str:
     return ", ".join(str(choice) for choice in choices)
 
 
-# --- Models -------------------------------------------------------------------------------------------------------
+# --- What recipes take beside TRL's settings ------------------------------------------------------------------------
 
 
-def check_merge(merge_adapter: bool, use_peft: bool) -> None:
-    """UserError where there will be no adapter to merge."""
-    if merge_adapter and not use_peft:
-        raise UserError("merge_adapter: true, but use_peft is false, so there is no adapter; set use_peft: true")
+@dataclasses.dataclass(kw_only=True)
+class RecipeArguments(ScriptArguments):
+    """TRL's `ScriptArguments`, and what every recipe that can train an adapter takes."""
+
+    merge_adapter: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "With use_peft: write adapter and base as one model too, to output_dir/merged."},
+    )
+
+    def check(self, model_args) -> None:
+        """UserError for what does not go together."""
+        if self.merge_adapter and not model_args.use_peft:
+            raise UserError("merge_adapter: true, but use_peft is false, so there is no adapter; set use_peft: true")
+
+
+def check_weights(training_args, rewards: list[str]) -> None:
+    """UserError unless there is a weight for each of the recipe's rewards: without any, all would count alike."""
+    weights = training_args.reward_weights
+    if weights is None or len(weights) != len(rewards):
+        raise UserError(f"reward_weights: {weights} is not a number for each of {', '.join(rewards)}")
 
 
 # --- Paths and data -----------------------------------------------------------------------------------------------
@@ -338,3 +354,26 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, str
     if missing:
         raise UserError(f"{where}: split {split!r} has no column {_listed(missing)}; it has {_listed(first)}")
     return dataset
+
+
+def load_prompts(script_args, split: str, tokenizer, limit: int | None = None, column: str = "prompt"):
+    """The first prompts of a split, those longer than `max_prompt_tokens` left out with a line that counts them.
+
+    Raises:
+        UserError: as `load_split`; or no prompt is short enough.
+    """
+    data = load_split(script_args.dataset_name, split, [column], script_args.dataset_config)
+    most = script_args.max_prompt_tokens
+
+    def is_short(row):
+        text = row[column]
+        if not isinstance(text, str):  # messages
+            return len(tokenizer.apply_chat_template(text, add_generation_prompt=True)["input_ids"]) <= most
+        return len(tokenizer(text)["input_ids"]) <= most
+
+    short = data.filter(is_short, desc="Filtering prompts")
+    if not len(short):
+        raise UserError(f"max_prompt_tokens: {most}: every prompt of split {split!r} is longer; raise it")
+    if len(short) < len(data):
+        print(f"{split}: {len(data) - len(short)} of {len(data)} prompts are longer than {most} tokens and left out")
+    return short.select(range(min(len(short), limit or len(short))))

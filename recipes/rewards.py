@@ -1,13 +1,15 @@
 """Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`, one number each.
 
 Prompts and completions are strings, or lists of `{"role", "content"}` messages. `RewardModel` scores with a sequence
-classifier, `word_count` and its opposite with plain Python, and `checked` refuses what may not reach the weights.
+classifier, `length_penalty` and `repetition_penalty` are there to mix in, and `checked` refuses what may not reach the
+weights.
 
     >>> reward = RewardModel("runs/sentiment_gpt2_reward", label="POSITIVE")
     >>> reward(["The film"], [" was a delight."])
     [3.1]
 """
 
+import json
 import os
 import re
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 OUTPUTS = ("logit", "probability", "log_probability")
+SCORE_OFFSET = "score_offset.json"  # beside a reward model: what its scores are lowered by
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
 
 
@@ -47,9 +50,19 @@ def word_count(completions, **_) -> list[float]:
     return [float(len(as_text(completion).split())) for completion in completions]
 
 
-def minus_word_count(completions, **_) -> list[float]:
+def length_penalty(completions, **_) -> list[float]:
     """Minus the number of words: rewards short completions."""
     return [-count for count in word_count(completions)]
+
+
+def repetition_penalty(completions, **_) -> list[float]:
+    """Minus the share of a completion's word trigrams that it has had already, in [-1, 0]; 0 below four words."""
+    return [-_repeated_trigrams(as_text(completion).split()) for completion in completions]
+
+
+def _repeated_trigrams(words) -> float:
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
 # --- Sequence classifiers -----------------------------------------------------------------------------------------
@@ -115,8 +128,8 @@ class RewardModel:
         dtype: of the weights, as `from_pretrained` takes it.
         device: default is this process's device (`accelerate.PartialState`).
         include_prompt: False scores the completion alone.
-        output: `logit`; or `probability` / `log_probability` of the label (a sigmoid for one label, a softmax for
-            several).
+        output: `logit`, less the offset that centring wrote beside the reward model; or `probability` or
+            `log_probability` of the label (a sigmoid for one label, a softmax for several).
         add_eos: whether an end token is put after the text; default as in `encode`, that is as TRL's `RewardTrainer`
             trains.
 
@@ -150,6 +163,7 @@ class RewardModel:
         self.model.to(self.device).eval().requires_grad_(False)
         config = self.model.config
         self.label = _label_index(path, config.id2label, label)
+        self.score_offset = _read_offset(path) if output == "logit" else 0.0
         self._pad_token_id = self._set_padding(path, config)
         self._max_length, self._add_eos = _length_limit(max_length, config), add_eos
         if add_eos and self.tokenizer.eos_token_id is None:
@@ -161,7 +175,7 @@ class RewardModel:
         """One score for each completion, in their order."""
         if not self.include_prompt:
             return self.score(completions)
-        return self.score([_join(p, c) for p, c in zip(prompts, completions, strict=True)])
+        return self.score([join(p, c) for p, c in zip(prompts, completions, strict=True)])
 
     @torch.no_grad()
     def score(self, texts) -> list[float]:
@@ -172,7 +186,7 @@ class RewardModel:
         for start in range(0, len(by_length), self.batch_size):
             batch = by_length[start : start + self.batch_size]
             for i, score in zip(batch, self._forward([token_ids[i] for i in batch]), strict=True):
-                scores[i] = score
+                scores[i] = score - self.score_offset
         return scores
 
     def token_ids(self, texts) -> list[list[int]]:
@@ -204,13 +218,18 @@ class RewardModel:
         return tokenizer.pad_token_id
 
 
+def _read_offset(path) -> float:
+    file = Path(path) / SCORE_OFFSET
+    return json.loads(file.read_text())["score_offset"] if file.is_file() else 0.0
+
+
 def _length_limit(max_length, config) -> int:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(max_length, positions) if positions and positions > 0 else max_length
 
 
-def _join(prompt, completion):
-    """The text that is scored: both as strings, or both as messages; a mixture becomes a string."""
+def join(prompt, completion):
+    """The text that is scored, prompt + completion: both strings, or both messages; a mixture becomes a string."""
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion
     if isinstance(prompt, list):

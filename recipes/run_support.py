@@ -54,6 +54,13 @@ class RolloutProgress(ProgressCallback):
                     self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))
 
 
+def keep_trainable(model):
+    """Keep bitsandbytes from repacking 4-bit weights in evaluation on a CPU: no gradient passes what it repacks."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def is_whole(checkpoint):
     """Whether a checkpoint was written to its end: the trainer's state comes last."""
     try:

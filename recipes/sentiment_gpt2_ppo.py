@@ -3,8 +3,9 @@
     accelerate launch recipes/sentiment_gpt2_ppo.py
     accelerate launch recipes/sentiment_gpt2_ppo.py --config recipes/sentiment_gpt2_ppo_tiny.yaml
 
-The model is given the first few tokens of a review and continues it; the score is the classifier's logit. To use a
-reward of your own, write a function with this signature and put it into `reward_funcs` in `main`:
+The model is given the first few tokens of a review and continues it; the score is the classifier's logit, to which
+`reward_weights` mixes a price of words and of repeated trigrams (0 by default). To use a reward of your own, write a
+function with this signature, put it into `reward_funcs` in `main`, and give it a weight:
 
     def my_reward(prompts, completions, **columns) -> list[float]: ...
 
@@ -15,17 +16,17 @@ import random
 from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ppo_config import PPOConfig
 from ppo_trainer import PPOTrainer
-from recipe_args import check_merge, load_split, one_line_errors, parse, require_path
-from rewards import RewardModel
+from recipe_args import RecipeArguments, UserError, check_weights, load_split, one_line_errors, parse, require_path
+from rewards import RewardModel, length_penalty, repetition_penalty
 from run_support import merge_adapter
 
 
 @dataclass(kw_only=True)
-class PPOArguments(ScriptArguments):
+class PPOArguments(RecipeArguments):
     """What this recipe takes beside the trainer's own settings."""
 
     reward_model: str = field(metadata={"help": "Sequence classifier that scores the review: Hub id or folder."})
@@ -35,30 +36,39 @@ class PPOArguments(ScriptArguments):
         default=None, metadata={"help": "Cut each prompt to a random number of tokens: least and most."}
     )
     min_prompt_characters: int = field(default=1, metadata={"help": "Leave out shorter texts."})
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "With use_peft: write adapter and base as one model too, to output_dir/merged."},
-    )
+    min_prompt_tokens: int = field(default=1, metadata={"help": "The same in tokens, before they are cut."})
+    test_prompts: int = field(default=512, metadata={"help": "Held-out prompts to evaluate on, from the first on."})
 
 
 def load_prompts(script_args, split, tokenizer, seed):
     """A dataset with the column `prompt`: whole, or its first few tokens, their number drawn with `seed`."""
     column = script_args.prompt_column
     data = load_split(script_args.dataset_name, split, columns=[column], config=script_args.dataset_config)
-    data = data.filter(lambda row: len(row[column]) >= script_args.min_prompt_characters, desc="Filtering prompts")
+
+    def tokens(row):
+        return tokenizer(row[column], add_special_tokens=False)["input_ids"]
+
+    def is_long_enough(row):
+        if len(row[column]) < script_args.min_prompt_characters:
+            return False
+        return script_args.min_prompt_tokens == 1 or len(tokens(row)) >= script_args.min_prompt_tokens
+
+    data = data.filter(is_long_enough, desc="Filtering prompts")
+    if not len(data):
+        raise UserError(f"dataset {script_args.dataset_name!r}: no text of {split!r} is as long as min_prompt_… wants")
     rng = random.Random(seed)
 
     def cut(row):
         if script_args.prompt_tokens is None:
             return {"prompt": row[column]}
-        length = rng.randint(*script_args.prompt_tokens)
-        return {"prompt": tokenizer.decode(tokenizer(row[column], add_special_tokens=False)["input_ids"][:length])}
+        return {"prompt": tokenizer.decode(tokens(row)[: rng.randint(*script_args.prompt_tokens)])}
 
     return data.map(cut, desc="Cutting prompts", load_from_cache_file=False)
 
 
 def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
-    check_merge(script_args.merge_adapter, model_args.use_peft)
+    script_args.check(model_args)
+    check_weights(training_args, ["the classifier", "length_penalty", "repetition_penalty"])
     path = require_path("model_name_or_path", model_args.model_name_or_path)
     reward_path = require_path("reward_model", script_args.reward_model, kind="reward model")
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -66,6 +76,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     test = None
     if training_args.eval_strategy != "no":
         test = load_prompts(script_args, script_args.dataset_test_split, tokenizer, training_args.seed)
+        test = test.select(range(min(len(test), script_args.test_prompts)))
 
     training_args.model_init_kwargs = {
         "dtype": model_args.dtype,
@@ -74,7 +85,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     }
     trainer = PPOTrainer(
         model=path,
-        reward_funcs=[RewardModel(reward_path, label=script_args.reward_label)],
+        reward_funcs=[RewardModel(reward_path, label=script_args.reward_label), length_penalty, repetition_penalty],
         args=training_args,
         train_dataset=train,
         eval_dataset=test,

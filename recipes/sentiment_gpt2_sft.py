@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from recipe_args import check_merge, load_split, one_line_errors, parse, require_path
-from run_support import merge_adapter
+from recipe_args import RecipeArguments, load_split, one_line_errors, parse, require_path
+from run_support import keep_trainable, merge_adapter
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 @dataclass(kw_only=True)
-class SFTArguments(ScriptArguments):
+class SFTArguments(RecipeArguments):
     """What this recipe takes beside TRL's own settings."""
 
     scratch_layers: int = field(default=0, metadata={"help": "Layers of a GPT-2 made from scratch; 0 fine-tunes."})
@@ -32,10 +32,6 @@ class SFTArguments(ScriptArguments):
         metadata={"help": "Keep only the beginning of each text: faster where `max_length` cuts it anyway."},
     )
     test_rows: int = field(default=1000, metadata={"help": "Held-out texts to evaluate on, from the first on."})
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "With use_peft: write adapter and base as one model too, to output_dir/merged."},
-    )
 
 
 def train_tokenizer(texts, vocab_size):
@@ -67,17 +63,20 @@ def scratch_model(script_args, tokenizer, max_length):
 
 
 def load_texts(script_args, split, column):
-    """A dataset with nothing but the column of text."""
-    data = load_split(
-        script_args.dataset_name, split, columns=[column], config=script_args.dataset_config
-    ).select_columns(column)
+    """A dataset with nothing but the column of text; a `prompt` and its `completion` make one text."""
+    data = load_split(script_args.dataset_name, split, config=script_args.dataset_config)
+    if column not in data.column_names and {"prompt", "completion"} <= set(data.column_names):
+        data = data.map(lambda row: {column: row["prompt"] + row["completion"]}, desc="Joining prompts")
+    elif column not in data.column_names:
+        load_split(script_args.dataset_name, split, [column], script_args.dataset_config)  # says what is missing
+    data = data.select_columns(column)
     if script_args.first_characters is None:
         return data
     return data.map(lambda row: {column: row[column][: script_args.first_characters]}, desc="Cutting texts")
 
 
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
-    check_merge(script_args.merge_adapter, model_args.use_peft)
+    script_args.check(model_args)
     column = training_args.dataset_text_field
     train = load_texts(script_args, script_args.dataset_train_split, column)
     test = load_texts(script_args, script_args.dataset_test_split, column)
@@ -105,6 +104,7 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+    keep_trainable(trainer.model)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()

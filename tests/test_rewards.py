@@ -18,7 +18,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from conftest import SENTENCES
-from rewards import RewardModel, checked, encode, minus_word_count, word_count
+from rewards import RewardModel, checked, encode, length_penalty, word_count
 
 PROMPTS = ["the movie", "", "a great", "i watched it twice because the story was so"]
 COMPLETIONS = [" was good and i loved it", "a terrible film", " film", " dull that i left early"]
@@ -308,7 +308,7 @@ def test_without_a_max_length_nothing_is_cut(llama_reward):
 def test_words_are_counted_in_strings_and_in_messages():
     completions = ["", " one  two\nthree ", [{"role": "assistant", "content": "two words"}]]
     assert word_count(completions=completions, prompts=None) == [0.0, 3.0, 2.0]
-    assert minus_word_count(completions=completions) == [0.0, -3.0, -2.0]
+    assert length_penalty(completions=completions) == [0.0, -3.0, -2.0]
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "one two"}]}]
     assert word_count([parts]) == [2.0]
 

@@ -1,0 +1,95 @@
+"""Pairs of preferences: how they are read, and what is said of a reward model on them."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from scipy.stats import binomtest
+
+import preferences
+from recipe_args import UserError
+from rewards import RewardModel, length_penalty, repetition_penalty
+
+
+def write(folder, rows):
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def test_a_prompt_is_joined_to_both_sides(tmp_path):
+    rows = [{"prompt": "Q: why?", "chosen": " because", "rejected": " no", "source": "x"}]
+    pairs = preferences.load_pairs(write(tmp_path / "pairs", rows), "train")
+    assert pairs[0] == {"chosen": "Q: why? because", "rejected": "Q: why? no"}
+
+
+def test_conversations_stay_conversations(tmp_path):
+    turns = [("user", "hi"), ("assistant", "a"), ("assistant", "b")]
+    user, good, bad = ({"role": role, "content": text} for role, text in turns)
+    rows = [{"prompt": [user], "chosen": [good], "rejected": [bad]}]
+    pairs = preferences.load_pairs(write(tmp_path / "pairs", rows), "train")
+    assert pairs[0] == {"chosen": [user, good], "rejected": [user, bad]}
+
+
+def test_a_missing_side_is_named(tmp_path):
+    folder = write(tmp_path / "pairs", [{"chosen": "a", "worse": "b"}])
+    with pytest.raises(UserError, match="no column rejected; it has chosen, worse"):
+        preferences.load_pairs(folder, "train")
+
+
+def test_the_interval_of_the_accuracy_is_wilsons():
+    margins = np.array([1.0] * 37 + [-1.0] * 12 + [0.0])
+    ours = preferences.accuracy(margins)
+    wilson = binomtest(37, 50).proportion_ci(method="wilson")
+    assert ours["accuracy"] == 37 / 50, "a tie is wrong"
+    assert (ours["low"], ours["high"]) == pytest.approx((wilson.low, wilson.high), abs=1e-4)
+
+
+def test_a_model_whose_margins_are_log_odds_is_calibrated():
+    rng = np.random.default_rng(0)
+    margins = rng.normal(0, 2, 40_000)
+    right = rng.random(40_000) < 1 / (1 + np.exp(-np.abs(margins)))
+    for scale, diagonal in ((1, True), (3, False)):
+        bins = preferences.calibration(np.where(right, 1, -1) * np.abs(margins) * scale)
+        assert sum(b["n"] for b in bins) == 40_000
+        gap = max(abs(b["predicted"] - b["observed"]) for b in bins)
+        assert (gap < 0.03) == diagonal
+
+
+def test_centred_scores_have_mean_0_and_stay_so_when_the_model_is_loaded_again(classifier_path, tmp_path):
+    model, tokenizer = (getattr(RewardModel(classifier_path), name) for name in ("model", "tokenizer"))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    texts = ["a great film", "a terrible film with an awful plot", "dull"]
+    raw = RewardModel(str(tmp_path))
+    before = raw.score(texts)
+    preferences.center_scores(raw, texts, tmp_path)
+    again = RewardModel(str(tmp_path))
+    assert np.mean(again.score(texts)) == pytest.approx(0, abs=1e-6)
+    assert np.diff(again.score(texts)) == pytest.approx(np.diff(before), abs=1e-6)
+    assert RewardModel(str(tmp_path), output="probability").score(texts) == pytest.approx(
+        RewardModel(classifier_path, output="probability").score(texts)
+    )
+    preferences.center_scores(again, [], tmp_path)
+    assert RewardModel(str(tmp_path)).score(texts) == pytest.approx(before, abs=1e-6)
+
+
+def test_the_report_holds_what_is_printed(classifier_path, tmp_path, capsys):
+    reward_model = RewardModel(classifier_path)
+    pairs = Dataset.from_dict({"chosen": ["a great film", "good"], "rejected": ["an awful plot", "bad"]})
+    results = preferences.report(reward_model, tmp_path, train=pairs, test=pairs)
+    assert json.loads((tmp_path / "reward_report.json").read_text()) == results
+    assert f"test pairwise accuracy {results['test']['accuracy']:.3f}" in capsys.readouterr().out
+    assert (tmp_path / "reward_report.svg").read_text().startswith("<?xml")
+    scores = [reward_model.score([pairs[i]["chosen"], pairs[i]["rejected"]]) for i in range(2)]
+    assert results["test"]["mean_margin"] == pytest.approx(np.mean([a - b for a, b in scores]), abs=1e-6)
+
+
+def test_the_penalties_grow_with_words_and_with_repetition():
+    texts = ["a b c d", "a b c a b c", "a b c a b c a b c", "", "one two"]
+    assert length_penalty(completions=texts) == [-4, -6, -9, 0, -2]
+    repeated = repetition_penalty(completions=texts)
+    assert repeated[0] == repeated[3] == repeated[4] == 0
+    assert repeated[2] < repeated[1] < 0
+    assert repetition_penalty(completions=[[{"role": "assistant", "content": texts[2]}]]) == [repeated[2]]
