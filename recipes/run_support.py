@@ -62,11 +62,12 @@ def keep_trainable(model):
 
 
 def is_whole(checkpoint):
-    """Whether a checkpoint was written to its end: the trainer's state comes last."""
+    """Whether a checkpoint was written to its end, the trainer's state coming last; a finished run's folder is none."""
     try:
-        return "global_step" in json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
+    return "global_step" in state and any(Path(checkpoint).glob("rng_state*.pth"))
 
 
 def last_checkpoint(folder):

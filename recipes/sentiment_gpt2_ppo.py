@@ -95,6 +95,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
     trainer.accelerator.print(f"policy, tokenizer and critic: {training_args.output_dir}")
     if script_args.merge_adapter and trainer.is_world_process_zero():
         print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")
