@@ -169,6 +169,7 @@ def main(argv=None):
     parser.add_argument(
         "--small_lm", default="EleutherAI/pythia-14m", help="a small causal LM of 256 positions or more"
     )
+    parser.add_argument("--imdb", default="stanfordnlp/imdb", help="labelled reviews, a Hub id or folder")
     parser.add_argument("--only", nargs="+", help="names of YAMLs, for a part of the table")
     args = parser.parse_args(argv)
     rows = ["| YAML | model | seconds | result |", "|---|---|---|---|"]
