@@ -66,7 +66,7 @@ def clean(text: str) -> str:
 
 def make_review(row: dict) -> Review:
     """A row of the source, cleaned; Malformed if its text or label is none."""
-    text, label = clean(text_of(row, "text")), row["label"]
+    text, label = clean(text_of(row, "text")), row.get("label")
     if not text:
         raise Malformed("text is empty")
     if isinstance(label, bool) or not isinstance(label, int) or label not in (-1, 0, 1):

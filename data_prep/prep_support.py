@@ -14,7 +14,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ class Source(NamedTuple):
         return SystemExit(f"{self.option} {self.name}: {message}")
 
 
-def load(source: Source, name: str, function: str = "load_dataset", **arguments):
+def load(source: Source, function: str = "load_dataset", **arguments):
     """`datasets.load_dataset`, or another function of it, failing in one line."""
     import datasets  # here, so that importing this module stays free
 
@@ -77,7 +77,7 @@ def load(source: Source, name: str, function: str = "load_dataset", **arguments)
         return getattr(datasets, function)(**arguments)
     except Exception as error:  # many kinds: connection, unknown id, broken gzip or JSON, unequal columns
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise source._replace(name=name).error(
+        raise source.error(
             f"cannot be loaded ({type(error).__name__}: {reason}); mend the files, or name another folder or Hub id"
         ) from None
 
@@ -97,19 +97,48 @@ def first_columns(source: Source, loader: str, path: str) -> list[str]:
     return list(row)
 
 
+class JsonLines:
+    """The rows of JSONL files whose lines are memory-mapped, each value of the type that it has in its line.
+
+    `load_dataset("json")` would not do: told no types, it stops at a row of another type than the first ones; told to
+    expect any type, it takes the text "9.9" for a number and the quotation marks off the text '"Yes."'.
+    """
+
+    def __init__(self, lines, source: Source, column_names: list[str]):
+        self.lines, self.source, self.column_names = lines, source, column_names
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def select(self, order: Sequence[int]) -> "JsonLines":
+        return JsonLines(self.lines.select(order), self.source, self.column_names)
+
+    def __iter__(self) -> Iterator[dict]:
+        for line in self.lines:
+            try:
+                row = json.loads(line["text"] or "{}")
+            except ValueError as error:
+                raise self.source.error(f"{line['text'][:60]!r} is no JSON ({error}); mend the line") from None
+            if not isinstance(row, dict):
+                raise self.source.error(f"{line['text'][:60]!r} is no JSON object; mend the line")
+            yield row
+
+
 def load_files(source: Source, loader: str, paths: Sequence[str]):
     """Local files of one kind as a memory-mapped dataset. A value of JSONL keeps its type, a value of CSV is text."""
     import datasets
 
     datasets.disable_progress_bars()  # a local file takes a second or two
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `load` says what went wrong, once
-    options: dict[str, Any] = {"csv": {"keep_default_na": False, "na_filter": False}}.get(loader, {})
-    if loader != "parquet":
-        # Types from the first rows would stop, or cast unnoticed, a later row of another type.
-        kind = datasets.Json() if loader == "json" else datasets.Value("string")
-        options["features"] = datasets.Features(dict.fromkeys(first_columns(source, loader, paths[0]), kind))
-    files = {"train": list(paths)}
-    return load(source, ", ".join(paths), path=loader, data_files=files, split="train", **options)
+    options: dict[str, Any] = {"split": "train", "data_files": {"train": list(paths)}}
+    named = source._replace(name=", ".join(paths))
+    columns = first_columns(source, loader, paths[0]) if loader != "parquet" else []
+    if loader == "json":
+        return JsonLines(load(named, path="text", **options), named, columns)
+    if loader == "csv":
+        options["features"] = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+        options |= {"keep_default_na": False, "na_filter": False}  # a review that says NA is a review
+    return load(named, path=loader, **options)
 
 
 def find_files(source: Source, split: str) -> tuple[str, list[str]] | None:
@@ -143,7 +172,7 @@ def _load_local(source: Source, names: Sequence[str]):
 def _load_hub(source: Source, names: Sequence[str], there: list[str], streaming: bool):
     name = next((name for name in names if name in there), None)
     arguments = {"path": source.name, "name": source.config, "split": name, "streaming": streaming}
-    return name and load(source, source.name, **arguments)
+    return name and load(source, **arguments)
 
 
 def load_splits(
@@ -169,7 +198,7 @@ def load_splits(
         found = {split: _load_local(source, names) for split, names in wanted.items()}
     else:
         about = {"path": source.name, "config_name": source.config}
-        there = load(source, source.name, function="get_dataset_split_names", **about)
+        there = load(source, function="get_dataset_split_names", **about)
         found = {split: _load_hub(source, names, there, streaming) for split, names in wanted.items()}
     splits = {split: rows for split, rows in found.items() if rows is not None}
     missing = [split for split in wanted if split not in splits and split not in optional]
@@ -378,6 +407,7 @@ def write(
     Raises:
         SystemExit: a file would be empty (the line begins with `subject` and ends in `mend`), or cannot be written.
     """
+    made = [place for place in (output, *output.parents) if not place.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as partial:
@@ -390,7 +420,12 @@ def write(
             if empty:
                 raise SystemExit(f"{subject or f'--output {output}'}: {', '.join(empty)} would be empty; {mend}")
             outbox.move_to(output)
-    except OSError as error:
+    except BaseException as error:
+        for place in made:
+            with suppress(OSError):  # it is not empty, or was never made
+                place.rmdir()
+        if not isinstance(error, OSError):
+            raise
         raise SystemExit(f"--output {output}: cannot write ({error}); name another folder") from None
     for name, rows in outbox.counts.items():
         print(f"{output / name}: {rows:,} rows, such as {outbox.samples[name][:300]}")
