@@ -241,6 +241,11 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def _content(row: dict) -> str:
+    """What makes a row a repeat of another: its texts, normalised, and its other values."""
+    return json.dumps([normalise(value) if isinstance(value, str) else value for value in row.values()])
+
+
 def digest(text: str) -> bytes:
     """16 bytes in place of a text, so that memory does not grow with the texts."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -305,7 +310,7 @@ class Reader:
             taken = 0
             for row in self.read(split, splits[split], make) if split in splits else ():
                 side = "test" if taken < test_rows else split
-                if self.is_apart(side, texts(row)) and self.is_new(normalise(json.dumps(row)), side):
+                if self.is_apart(side, texts(row)) and self.is_new(_content(row), side):
                     taken += 1
                     yield side, row
 
