@@ -8,7 +8,8 @@
 whose names start with the word test, validation, valid, dev or eval become test, all others train; where none does,
 the share `--test_share` (default 0.1) of the rows is held out. `--columns` says which of your columns is which, as
 wanted=yours; a column that has the wanted name already needs no mention. `--keep` adds columns of yours under their own
-names. You should see how many rows were left out and why, if any were, then the number of rows and one row of each file:
+names. You should see how many rows were left out and why, if any were, then the number of rows and one row of each
+file:
 
     <output>/<kind>/{train,test}.jsonl    sft      {"text"}, or {"prompt", "completion"} where those are named or there
                                           pairs    {"chosen", "rejected"}, and "prompt" where it is named or there
@@ -85,9 +86,7 @@ def find_sides(names: list[str]) -> tuple[str, dict[str, list[str]]]:
         paths += found
     loaders = {loader_of(path) for path in paths}
     if len(loaders) > 1:
-        raise Source(" ".join(names)).error(
-            f"holds files of several types ({', '.join(sorted(loaders))}); name one type"
-        )
+        raise Source(" ".join(names)).error(f"holds files of types {', '.join(sorted(loaders))}; name one type of them")
     sides: dict[str, list[str]] = {"train": [], "test": []}
     for path in dict.fromkeys(paths):
         sides["test" if TEST_NAME.match(path.name) else "train"].append(str(path))
@@ -150,9 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     chosen = [choose_columns(args.kind, dict(args.columns), args.keep, s.column_names) for s in splits.values()]
     columns = chosen[0]
     if chosen[-1] != columns:
-        raise SystemExit(
-            f"--source: train has {list(columns)}, test {list(chosen[-1])}; name the same --columns in both"
-        )
+        raise SystemExit(f"--source: train has {list(columns)}, test {list(chosen[-1])}; give both the same columns")
     total = row_count(splits["train"], args.limit)
     test_rows = 0 if "test" in splits else max(1, round(total * args.test_share))
     keys = [column for column in columns if column not in args.keep]
