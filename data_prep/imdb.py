@@ -24,24 +24,29 @@ of a file, or of `--limit`, would be all of one kind.
 """
 
 import argparse
-import gzip
-import hashlib
-import json
-import os
 import random
 import re
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from prep_support import (
+    Malformed,
+    Outbox,
+    Parser,
+    Reader,
+    Source,
+    both_sides,
+    count,
+    folder,
+    load_splits,
+    text_of,
+    write,
+)
+
 SPLITS = ("train", "unsupervised", "test")  # test last: what stands in the others is dropped from it
 KINDS = ("sft", "prompts", "pairs", "snippets", "judge_snippets")
-LOADERS = {"json": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
 PROMPT_WORDS = 30
 PROMPT_MIN_CHARACTERS = 200
 SNIPPET_WORDS = (6, 40)
@@ -54,154 +59,19 @@ class Review(NamedTuple):
     label: int
 
 
-# --- Reading ------------------------------------------------------------------------------------------------------
-
-
-def find_files(folder: Path) -> tuple[str, dict[str, list[str]]]:
-    """The loader of a local folder, and the files of each split that it holds.
-
-    `load_dataset(folder)` would not do: it takes no notice of a split called unsupervised.
-    """
-    for loader, suffixes in LOADERS.items():
-        for place in (folder, folder / "plain_text"):  # a copy of the Hub's repository keeps them in plain_text/
-            files = {
-                split: sorted(
-                    str(path)
-                    for end in suffixes
-                    for path in place.glob(f"{split}*{end}")
-                    if path.name == split + end or path.name.startswith(split + "-")
-                )
-                for split in SPLITS
-            }
-            if any(files.values()):
-                return loader, {split: paths for split, paths in files.items() if paths}
-    raise SystemExit(f"--source {folder}: holds no .jsonl, .jsonl.gz or .parquet file called train, test, unsupervised")
-
-
-def load(source: str, **arguments):
-    """`datasets.load_dataset`, failing in one line."""
-    import datasets  # here, so that importing this module stays free
-
-    try:
-        return datasets.load_dataset(**arguments)
-    except Exception as error:  # many kinds: connection, unknown id, broken gzip or JSON, unequal columns
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise SystemExit(
-            f"--source {source}: cannot be loaded ({type(error).__name__}: {reason}); "
-            "mend the files, or name another folder or Hub id"
-        ) from None
-
-
-def json_features(path: str):
-    """The columns of the first row, each of any type: else one row of another type stops, or is cast, unnoticed."""
-    import datasets
-
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            columns = list(json.loads(next(file)))
-    except (OSError, ValueError, StopIteration) as error:
-        reason = str(error) or "the file is empty"
-        raise SystemExit(f"--source {path}: the first line is no JSON object ({reason}); mend the file") from None
-    return datasets.Features({column: datasets.Json() for column in columns})
-
-
-def load_folder(folder: Path) -> dict:
-    """The splits of a local folder."""
-    import datasets
-
-    loader, files = find_files(folder)
-    datasets.disable_progress_bars()  # a local file takes a second or two
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `load` says what went wrong, once
-    return {
-        split: load(
-            ", ".join(paths),
-            path=loader,
-            data_files={split: paths},
-            split=split,
-            features=json_features(paths[0]) if loader == "json" else None,
-        )
-        for split, paths in files.items()
-    }
-
-
-def load_splits(source: str) -> dict:
-    """The three splits of a Hub id or local folder as memory-mapped datasets, checked for their columns."""
-    folder = Path(source).expanduser()
-    is_path = folder.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1
-    if is_path and not folder.is_dir():
-        raise SystemExit(f"--source {source}: no such folder; name a local folder or a Hub id")
-    splits = load_folder(folder) if is_path else load(source, path=source)
-    for split in SPLITS:
-        if split not in splits:
-            raise SystemExit(f"--source {source}: no split {split!r}, only {sorted(splits)}; add {split}.jsonl")
-        columns = splits[split].column_names
-        for column in ("text", "label"):
-            if column not in columns:
-                raise SystemExit(
-                    f"--source {source}: split {split!r} has no column {column!r}, only {columns}; rename or add it"
-                )
-    return splits
-
-
 def clean(text: str) -> str:
     """The text without `<br />`, on one line, with single spaces."""
     return " ".join(re.sub(r"<br\s*/?>", " ", text, flags=re.IGNORECASE).split())
 
 
-def fault(row: dict) -> str | None:
-    """What is wrong with a row, or None."""
-    text, label = row["text"], row["label"]
-    if not isinstance(text, str):
-        return f"text is {type(text).__name__}, not a string"
-    if not clean(text):
-        return "text is empty"
+def make_review(row: dict) -> Review:
+    """A row of the source, cleaned; Malformed if its text or label is none."""
+    text, label = clean(text_of(row, "text")), row.get("label")
+    if not text:
+        raise Malformed("text is empty")
     if isinstance(label, bool) or not isinstance(label, int) or label not in (-1, 0, 1):
-        return f"label is {label!r}, not -1, 0 or 1"
-    return None
-
-
-class Reader:
-    """Yields each split's good reviews in seeded order, and keeps count of what it left out and why."""
-
-    def __init__(self, splits: dict, seed: int, limit: int | None):
-        self.splits, self.seed, self.limit = splits, seed, limit
-        self.seen: dict[bytes, str] = {}  # digest of a text → the split it was first met in
-        self.left_out: Counter[str] = Counter()
-        self.first_fault: dict[str, str] = {}
-
-    def read(self, split: str) -> Iterator[Review]:
-        rows = self.splits[split]
-        count = min(len(rows), self.limit or len(rows))
-        order = random.Random(f"{self.seed}/{split}").sample(range(len(rows)), count)
-        for index, row in zip(order, tqdm(rows.select(order), desc=f"reading {split}"), strict=True):
-            wrong = fault(row)
-            if wrong:
-                self.left_out[f"{split}: malformed"] += 1
-                self.first_fault.setdefault(f"{split}: malformed", f"row {index}: {wrong}")
-                continue
-            review = Review(clean(row["text"]), row["label"])
-            if self._is_new(review.text, split):
-                yield review
-
-    def _is_new(self, text: str, split: str) -> bool:
-        # Digests, not texts: memory must not grow with the reviews.
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if digest not in self.seen:
-            self.seen[digest] = split
-            return True
-        self.left_out[f"{split}: already in {self.seen[digest]}"] += 1
-        return False
-
-    def report(self) -> list[str]:
-        """One line for each reason to leave rows out."""
-        lines = []
-        for reason, count in sorted(self.left_out.items()):
-            first = f" (the first is {self.first_fault[reason]})" if reason in self.first_fault else ""
-            lines.append(f"{reason}: {count:,} rows left out{first}")
-        return lines
-
-
-# --- Making rows --------------------------------------------------------------------------------------------------
+        raise Malformed(f"label is {label!r}, not -1, 0 or 1")
+    return Review(text, label)
 
 
 def make_prompt(text: str) -> str | None:
@@ -238,46 +108,14 @@ def make_pairs(reviews: list[Review], rng: random.Random) -> list[dict[str, str]
     return [{"chosen": good, "rejected": bad} for good, bad in zip(positive, negative, strict=False)]
 
 
-# --- Files --------------------------------------------------------------------------------------------------------
-
-
-class Outbox:
-    """The files to be, open in a temporary folder inside the output folder, with their counts and first rows."""
-
-    def __init__(self, partial: str, stack: ExitStack):
-        self.partial = Path(partial)
-        self.counts: dict[str, int] = {}
-        self.samples: dict[str, str] = {}
-        self.files = {}
-        for name in (f"{kind}/{side}.jsonl" for kind in KINDS for side in ("train", "test")):
-            (self.partial / name).parent.mkdir(exist_ok=True)
-            self.files[name] = stack.enter_context((self.partial / name).open("w", encoding="utf-8", newline="\n"))
-            self.counts[name] = 0
-
-    def add(self, kind: str, split: str, row: dict[str, str]) -> None:
-        name = f"{kind}/{split}.jsonl"
-        line = json.dumps(row)
-        self.files[name].write(line + "\n")
-        self.counts[name] += 1
-        self.samples.setdefault(name, line)
-
-    def add_all(self, kind: str, split: str, rows: list[dict[str, str]]) -> None:
-        for row in rows:
-            self.add(kind, split, row)
-
-    def move_to(self, output: Path) -> None:
-        """Put every file in its place; call once they are closed."""
-        for name in self.files:
-            (output / name).parent.mkdir(exist_ok=True)
-            os.replace(self.partial / name, output / name)
-
-
-def fill(outbox: Outbox, reader: Reader, seed: int, snippets_per_review: int) -> None:
+def fill(outbox: Outbox, reader: Reader, splits: dict, snippets_per_review: int) -> None:
     """Read the splits and write all rows. Only labelled reviews are kept in memory: their pairs need matching."""
     labelled: dict[str, list[Review]] = {"train": [], "test": []}
     for split in SPLITS:
         side = "test" if split == "test" else "train"
-        for review in reader.read(split):
+        for review in reader.read(split, splits[split], make_review):
+            if not reader.is_new(review.text, split):
+                continue
             outbox.add("sft", side, {"text": review.text})
             if split == "unsupervised":
                 continue
@@ -293,9 +131,9 @@ def fill(outbox: Outbox, reader: Reader, seed: int, snippets_per_review: int) ->
         ("snippets", "test"): labelled["test"],
     }
     for side, reviews in labelled.items():
-        outbox.add_all("pairs", side, make_pairs(reviews, random.Random(f"{seed}/pairs/{side}")))
+        outbox.add_all("pairs", side, make_pairs(reviews, random.Random(f"{reader.seed}/pairs/{side}")))
     for (kind, side), reviews in sources.items():
-        rng = random.Random(f"{seed}/{kind}/{side}")
+        rng = random.Random(f"{reader.seed}/{kind}/{side}")
         per_review = snippets_per_review if side == "train" else 1
         pairs = make_pairs(make_snippets(reviews, per_review, rng, f"cutting {kind}/{side}"), rng)
         outbox.add_all(kind, side, pairs)
@@ -303,61 +141,29 @@ def fill(outbox: Outbox, reader: Reader, seed: int, snippets_per_review: int) ->
             outbox.add_all("judge_snippets", side, pairs)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without the usage."""
-
-    def error(self, message: str):
-        raise SystemExit(f"{self.prog}: {message}; see --help")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    blocker = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-    if blocker:
-        raise argparse.ArgumentTypeError(f"{text!r}: {blocker} is a file; name another folder")
-    return path
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="imdb.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("imdb.py", __doc__)
     parser.add_argument("--source", default="stanfordnlp/imdb", help="Hub id or local folder")
-    parser.add_argument("--output", type=_folder, default=Path("data/imdb"), help="folder to write to")
+    parser.add_argument("--output", type=folder, default=Path("data/imdb"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
-    parser.add_argument("--limit", type=_count, help="read at most so many rows of each split, drawn at random")
-    parser.add_argument("--snippets_per_review", type=_count, default=6, help="in train; the test files hold one")
+    parser.add_argument("--limit", type=count, help="read at most so many rows of each split, drawn at random")
+    parser.add_argument("--snippets_per_review", type=count, default=6, help="in train; the test files hold one")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Write the ten files; returns the number of rows of each."""
     args = parse_arguments(argv)
-    reader = Reader(load_splits(args.source), args.seed, args.limit)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=args.output) as partial:
-            with ExitStack() as stack:
-                outbox = Outbox(partial, stack)
-                fill(outbox, reader, args.seed, args.snippets_per_review)
-            for line in reader.report():
-                print(line)
-            empty = [name for name, count in outbox.counts.items() if not count]
-            if empty:
-                raise SystemExit(
-                    f"--source {args.source}: {', '.join(empty)} would be empty; "
-                    "each split needs reviews of both labels, some over 200 characters: mend it or raise --limit"
-                )
-            outbox.move_to(args.output)
-    except OSError as error:
-        raise SystemExit(f"--output {args.output}: cannot write ({error}); name another folder") from None
-    for name, count in outbox.counts.items():
-        print(f"{args.output / name}: {count:,} rows, such as {outbox.samples[name][:300]}")
-    return outbox.counts
+    splits = load_splits(Source(args.source), {split: (split,) for split in SPLITS}, ("text", "label"))
+    reader = Reader(args.seed, args.limit)
+    return write(
+        args.output,
+        both_sides(KINDS),
+        lambda outbox: fill(outbox, reader, splits, args.snippets_per_review),
+        reader,
+        f"--source {args.source}",
+        "each split needs reviews of both labels, some over 200 characters: mend it or raise --limit",
+    )
 
 
 if __name__ == "__main__":

@@ -14,18 +14,16 @@ model that has learnt these reviews continues a prompt positively about half of 
 The same seed writes the same bytes. No text stands in both train and test.
 """
 
-import argparse
-import json
-import os
 import random
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
+
+from prep_support import Parser, count, folder, write
 
 # --- The grammar --------------------------------------------------------------------------------------------------
 # A template's {slot} is filled from SLOTS. Every opening has 7 to 10 words, whatever is drawn, and no opinion.
@@ -272,57 +270,25 @@ def make_files(seed: int, train: int, test: int) -> dict[str, list[dict]]:
     return files
 
 
-def write_files(output: Path, files: dict[str, Iterable[dict]]) -> None:
-    """Write all files to a temporary folder inside `output`, then move each to its place."""
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as partial:
+def write_files(output: Path, files: dict[str, Iterable[dict]]) -> dict[str, int]:
+    """Write `<kind>/<side>.jsonl` of each kind; returns the number of rows of each."""
+
+    def fill(outbox):
         for name, rows in files.items():
-            path = Path(partial, name)
-            path.parent.mkdir(exist_ok=True)
-            with open(path, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        for name in files:
-            (output / name).parent.mkdir(exist_ok=True)
-            os.replace(Path(partial, name), output / name)
+            outbox.add_all(*name.removesuffix(".jsonl").split("/"), rows)
 
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without the usage."""
-
-    def error(self, message: str):
-        raise SystemExit(f"{self.prog}: {message}; see --help")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    blocker = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-    if blocker:
-        raise argparse.ArgumentTypeError(f"{text!r}: {blocker} is a file; name another folder")
-    return path
+    return write(output, list(files), fill)
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Write the six files; returns the number of rows of each."""
-    parser = _Parser(prog="toy_reviews.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=_folder, default=Path("data/toy_reviews"), help="folder to write to")
+    parser = Parser("toy_reviews.py", __doc__)
+    parser.add_argument("--output", type=folder, default=Path("data/toy_reviews"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
-    parser.add_argument("--train", type=_count, default=8000, help="rows of each train file")
-    parser.add_argument("--test", type=_count, default=500, help="rows of each test file")
+    parser.add_argument("--train", type=count, default=8000, help="rows of each train file")
+    parser.add_argument("--test", type=count, default=500, help="rows of each test file")
     args = parser.parse_args(argv)
-    files = make_files(args.seed, args.train, args.test)
-    try:
-        write_files(args.output, files)
-    except OSError as error:
-        raise SystemExit(f"--output {args.output}: cannot write ({error}); name another folder") from None
-    for name, rows in files.items():
-        print(f"{args.output / name}: {len(rows):,} rows, such as {json.dumps(rows[0])}")
-    return {name: len(rows) for name, rows in files.items()}
+    return write_files(args.output, make_files(args.seed, args.train, args.test))
 
 
 if __name__ == "__main__":

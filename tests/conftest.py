@@ -9,6 +9,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine can be far slower than one
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -42,6 +43,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist (set RLHF_TEST_DATA)")
     return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Keeps what `datasets` caches of a test's folders out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

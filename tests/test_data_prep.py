@@ -8,37 +8,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
 
+from conftest import ROOT
+from data_helpers import fails_in_one_line, files_under, rows_of
 from data_prep import imdb, toy_reviews
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` caches of these folders out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def files_under(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def fails_in_one_line(capsys, main, *argv) -> str:
-    """The message of the error that `main` ends with; it must be one line, and a status other than 0."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in argv])
-    message = stop.value.code
-    assert isinstance(message, str), "sys.exit with a text prints it on stderr and exits with 1"
-    assert "\n" not in message.strip()
-    assert "usage" not in capsys.readouterr().err
-    return message
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- Toy reviews --------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import json
 import pytest
 import torch
 import yaml
-from test_recipes import YAMLS, run, script_of
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from conftest import SENTENCES
+from test_recipes import YAMLS, run, script_of
 
 PAIR = ("NEGATIVE", "POSITIVE")
 POST = "SUBREDDIT: r/films\n\nTITLE: A film\n\nPOST: {}\n\nTL;DR:"

@@ -156,6 +156,7 @@ def test_prompts_are_cut_to_the_wanted_number_of_tokens(toy_run):
 
 def test_labelled_reviews_are_paired_with_the_preferred_label_chosen(tmp_path):
     from datasets import Dataset
+
     from sentiment_gpt2_reward import pair_by_label
 
     labelled = Dataset.from_dict(

@@ -1,0 +1,180 @@
+"""Properties of `data_prep/local_files.py`, on small files of every type and, where it exists, on real text."""
+
+import csv
+from pathlib import Path
+
+import datasets
+import pytest
+
+from data_helpers import fails_in_one_line, files_under, left_out, rows_of, run, write_rows
+from data_prep import local_files
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+REVIEWS = [{"review": f'review {i}, "quoted"\nsecond line', "stars": i % 5} for i in range(40)]
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+WRITERS = {"csv": write_csv, "jsonl": write_rows, "jsonl.gz": write_rows, "parquet": write_parquet}
+
+
+def prepare(tmp_path, *arguments) -> dict[str, int]:
+    return run(local_files.main, "--output", tmp_path / "out", *arguments)
+
+
+def both(tmp_path, kind: str) -> list[dict]:
+    return [row for side in ("train", "test") for row in rows_of(tmp_path / "out" / kind / f"{side}.jsonl")]
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_every_type_of_file_gives_the_users_texts_unchanged(tmp_path, ending):
+    source = WRITERS[ending](tmp_path / f"reviews.{ending}", REVIEWS)
+    counts = prepare(tmp_path, "--source", source, "--kind", "sft", "--columns", "text=review", "--keep", "stars")
+    assert counts == {"sft/train.jsonl": 36, "sft/test.jsonl": 4}
+    number = str if ending == "csv" else int
+    expected = {(row["review"], number(row["stars"])) for row in REVIEWS}
+    assert {(row["text"], row["stars"]) for row in both(tmp_path, "sft")} == expected
+
+
+def test_a_csvs_na_is_text_and_its_empty_cell_is_malformed(tmp_path, capsys):
+    rows = [*REVIEWS, {"review": "NA", "stars": 1}, {"review": "12", "stars": 1}, {"review": "", "stars": 1}]
+    prepare(tmp_path, "--source", write_csv(tmp_path / "a.csv", rows), "--kind", "sft", "--columns", "text=review")
+    texts = {row["text"] for row in both(tmp_path, "sft")}
+    assert {"NA", "12"} < texts
+    assert len(texts) == 42
+    assert left_out(capsys.readouterr().out) == {"train: malformed": 1}
+
+
+def test_columns_that_have_the_wanted_names_need_no_mention_and_prompt_is_optional_in_pairs(tmp_path):
+    rows = [{"question": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(10)]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    prepare(tmp_path, "--source", source, "--kind", "pairs")
+    assert all(list(row) == ["chosen", "rejected"] for row in both(tmp_path, "pairs"))
+    prepare(tmp_path, "--source", source, "--kind", "pairs", "--columns", "prompt=question")
+    assert all(list(row) == ["prompt", "chosen", "rejected"] for row in both(tmp_path, "pairs"))
+    prepare(tmp_path, "--source", source, "--kind", "prompts", "--columns", "prompt=question")
+    assert {row["prompt"] for row in both(tmp_path, "prompts")} == {f"q{i}" for i in range(10)}
+
+
+def test_sft_takes_prompt_and_completion_where_they_are_named(tmp_path):
+    rows = [{"text": "t", "q": f"q{i}", "a": f" a{i}"} for i in range(10)]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    prepare(tmp_path, "--source", source, "--kind", "sft", "--columns", "prompt=q", "completion=a")
+    assert {(row["prompt"], row["completion"]) for row in both(tmp_path, "sft")} == {(r["q"], r["a"]) for r in rows}
+
+
+def test_files_called_test_or_validation_become_test_and_other_names_that_start_so_do_not(tmp_path):
+    for name in ("test.jsonl", "validation-1.jsonl", "testimonials.jsonl", "developers.jsonl", "more.jsonl"):
+        write_rows(tmp_path / "in" / name, [{"text": f"{name} {i}"} for i in range(3)])
+    (tmp_path / "in" / "notes.txt").write_text("not data")
+    prepare(tmp_path, "--source", tmp_path / "in", "--kind", "sft")
+    test = {row["text"].split()[0] for row in rows_of(tmp_path / "out" / "sft" / "test.jsonl")}
+    train = {row["text"].split()[0] for row in rows_of(tmp_path / "out" / "sft" / "train.jsonl")}
+    assert test == {"test.jsonl", "validation-1.jsonl"}
+    assert train == {"testimonials.jsonl", "developers.jsonl", "more.jsonl"}
+
+
+def test_several_files_are_read_as_one(tmp_path):
+    files = [write_rows(tmp_path / f"{i}.jsonl", [{"text": f"{i} {j}"} for j in range(10)]) for i in range(3)]
+    counts = prepare(tmp_path, "--source", *files, "--kind", "sft", "--test_share", "0.2")
+    assert counts == {"sft/train.jsonl": 24, "sft/test.jsonl": 6}
+
+
+def test_no_text_of_a_pair_stands_on_both_sides_and_malformed_pairs_are_counted(tmp_path, capsys):
+    source = tmp_path / "in"
+    write_rows(source / "test.jsonl", [{"chosen": "good test", "rejected": "bad test"}])
+    good = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
+    swapped = [{"chosen": "other", "rejected": " Good  TEST"}]
+    bad = [{"chosen": "a", "rejected": "A "}, {"chosen": "a", "rejected": 3}, {"chosen": "a"}]
+    write_rows(source / "train.jsonl", [*good, good[0], *swapped, *bad])
+    prepare(tmp_path, "--source", source, "--kind", "pairs")
+    assert {row["chosen"] for row in rows_of(tmp_path / "out" / "pairs" / "train.jsonl")} == {r["chosen"] for r in good}
+    assert left_out(capsys.readouterr().out) == {
+        "train: malformed": 3,
+        "train: already in train": 1,
+        "train: also in test": 1,
+    }
+
+
+def test_a_row_with_more_columns_than_the_first_is_read(tmp_path):
+    rows = [{"text": f"t{i}"} | ({"note": "x"} if i == 7 else {}) for i in range(20)]
+    prepare(tmp_path, "--source", write_rows(tmp_path / "a.jsonl", rows), "--kind", "sft")
+    assert {row["text"] for row in both(tmp_path, "sft")} == {f"t{i}" for i in range(20)}
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
+    source = write_csv(tmp_path / "reviews.csv", REVIEWS)
+    arguments = ("--source", source, "--kind", "sft", "--columns", "text=review", "--limit", 20)
+    written = []
+    for seed in (4, 4, 5):
+        prepare(tmp_path, *arguments, "--seed", seed)
+        written.append(files_under(tmp_path / "out"))
+    assert written[0] == written[1]
+    assert written[0] != written[2]
+    assert len(both(tmp_path, "sft")) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--kind", "sft"], "text or prompt and completion, but there is only ['review', 'stars']"),
+        (["--kind", "sft", "--columns", "text=words"], "'words', only ['review', 'stars']"),
+        (["--kind", "sft", "--columns", "label=stars"], "label=stars"),
+        (["--kind", "sft", "--columns", "text"], "wanted=yours"),
+        (["--kind", "sft", "--columns", "text=review", "text=stars"], "twice"),
+        (["--kind", "sft", "--columns", "text=review", "--keep", "rating"], "--keep rating"),
+        (["--kind", "sft", "--columns", "text=review", "--test_share", "1.5"], "--test_share"),
+        (["--kind", "reviews"], "--kind"),
+        ([], "--kind"),
+        (["--kind", "sft", "--source", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line_and_nothing_is_written(tmp_path, capsys, arguments, named):
+    source = write_csv(tmp_path / "reviews.csv", REVIEWS)
+    output = ("--output", tmp_path / "out")
+    assert named in fails_in_one_line(capsys, local_files.main, "--source", source, *output, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_two_types_a_lone_test_file_and_differing_columns_are_refused(tmp_path, capsys):
+    ours = write_csv(tmp_path / "reviews.csv", REVIEWS)
+    other = write_rows(tmp_path / "test.jsonl", REVIEWS)
+    output = ("--kind", "sft", "--output", tmp_path / "out")
+    assert "csv, json" in fails_in_one_line(capsys, local_files.main, "--source", ours, other, *output)
+    assert "add a train file" in fails_in_one_line(capsys, local_files.main, "--source", other, *output)
+    theirs = write_csv(tmp_path / "test.csv", [{"prompt": "a", "completion": "b"}])
+    write_csv(tmp_path / "reviews.csv", [{"text": "a"}])
+    assert "same columns" in fails_in_one_line(capsys, local_files.main, "--source", ours, theirs, *output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_csv_is_one_line(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("text,stars\nfine,1\ntoo,many,cells,here\n")
+    output = ("--kind", "sft", "--output", tmp_path / "out")
+    assert "a.csv" in fails_in_one_line(capsys, local_files.main, "--source", tmp_path / "a.csv", *output)
+
+
+def test_a_kept_value_that_json_cannot_hold_is_counted(tmp_path, capsys):
+    rows = [{"text": f"t{i}", "raw": b"\x00" if i == 3 else None} for i in range(10)]
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    prepare(tmp_path, "--source", source, "--kind", "sft", "--keep", "raw")
+    assert len(both(tmp_path, "sft")) == 9
+    assert left_out(capsys.readouterr().out) == {"train: malformed": 1}
+
+
+def test_real_reviews_are_read_with_their_labels(shared_data, tmp_path):
+    source = shared_data / "imdb" / "train.jsonl.gz"
+    counts = prepare(tmp_path, "--source", source, "--kind", "sft", "--keep", "label", "--limit", 100)
+    assert counts == {"sft/train.jsonl": 90, "sft/test.jsonl": 10}
+    assert {row["label"] for row in both(tmp_path, "sft")} == {0, 1}
