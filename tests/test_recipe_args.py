@@ -370,7 +370,7 @@ def test_broken_json_and_an_empty_folder_are_one_line(data, tmp_path):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["toy_reviews", "imdb"])
+@pytest.mark.parametrize("name", ["toy_reviews", "imdb", "hh", "summarize_from_feedback", "synthetic_instruct"])
 def test_data_that_was_not_made_yet_names_the_command_that_makes_it(script, name):
     command = f"python data_prep/{name}.py"
     for path in (f"data/{name}", f"./data/{name}", f"data/{name}/sft"):
