@@ -59,7 +59,7 @@ def jobs(tokenizer, small_lm, imdb):
         (
             "length_sft",
             "sentiment_gpt2_sft",
-            f"{SCRATCH_SFT} --dataset_name {INSTRUCT}/sft --first_characters 800 --max_length 192 "
+            f"{SCRATCH_SFT} --dataset_name {INSTRUCT}/sft --first_characters 800 --max_length 192 --max_steps 150 "
             "--output_dir runs/scratch/length_sft",
             gpt2,
         ),

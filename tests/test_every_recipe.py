@@ -116,28 +116,36 @@ def tiny_models(gpt2, qwen, bert):
     }
 
 
-@pytest.fixture(scope="module")
-def models(tokenizer, bert_path, request, tmp_path_factory):
-    """A function: the folder of the small model that stands for a Hub id or run folder, made when first asked for."""
-    try:  # the real tokenizers, where they are
-        folder = request.getfixturevalue("shared_data") / "tokenizers"
-        names = ("gpt2", "qwen2.5", "bert-base-uncased")
-        gpt2, qwen, bert = (AutoTokenizer.from_pretrained(folder / name) for name in names)
-    except pytest.skip.Exception:
-        gpt2 = qwen = tokenizer
-        bert = AutoTokenizer.from_pretrained(bert_path)
-    makers, made = tiny_models(gpt2, qwen, bert), {}
+class Models:
+    """The folder of the small model that stands for a Hub id or run folder, made when it is first asked for."""
 
-    def folder_of(name):
-        if name not in made:
+    def __init__(self, tokenizers, new_folder):
+        self.makers, self.new_folder, self.made = tiny_models(*tokenizers), new_folder, {}
+
+    def __call__(self, name):
+        if name not in self.made:
             torch.manual_seed(0)
-            make, own_tokenizer = makers[name]
-            made[name] = tmp_path_factory.mktemp(name.replace("/", "_"))
-            make().save_pretrained(made[name])
-            own_tokenizer.save_pretrained(made[name])
-        return str(made[name])
+            make, tokenizer = self.makers[name]
+            self.made[name] = self.new_folder(name.replace("/", "_"))
+            make().save_pretrained(self.made[name])
+            tokenizer.save_pretrained(self.made[name])
+        return str(self.made[name])
 
-    return folder_of
+
+@pytest.fixture(scope="module")
+def small_models(tokenizer, bert_path, tmp_path_factory):
+    return Models((tokenizer, tokenizer, AutoTokenizer.from_pretrained(bert_path)), tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="module")
+def real_models(small_models, request, tmp_path_factory):
+    """With the real tokenizers, where they are."""
+    try:
+        folder = request.getfixturevalue("shared_data") / "tokenizers"
+    except pytest.skip.Exception:
+        return small_models
+    names = ("gpt2", "qwen2.5", "bert-base-uncased")
+    return Models([AutoTokenizer.from_pretrained(folder / name) for name in names], tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +211,9 @@ def overrides(values, stage, models, data):
 
 
 @pytest.mark.parametrize("config", YAMLS, ids=lambda path: path.stem)
-def test_a_step_of_every_yaml(config, models, data, tmp_path):
+def test_a_step_of_every_yaml(config, real_models, small_models, data, tmp_path):
     script = script_of(config)
+    models = real_models if config.stem == script.stem else small_models  # a variant differs in other things
     stage = script.stem.rpartition("_")[2]
     values = yaml.safe_load(config.read_text())
     values |= overrides(values, stage, models, data) | {"output_dir": str(tmp_path / "out")}
