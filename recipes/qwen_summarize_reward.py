@@ -17,7 +17,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_q
 from preferences import center_scores, check_length, load_pairs, report, tokenize_pairs
 from recipe_args import RecipeArguments, one_line_errors, parse, require_path
 from rewards import RewardModel
-from run_support import keep_trainable
+from run_support import keep_trainable, merge_adapter
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,8 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
         center_scores(reward_model, some["chosen"][:] if script_args.center_scores else [], training_args.output_dir)
         report(reward_model, training_args.output_dir, train=some, test=test)
         print(f"reward model: {training_args.output_dir}")
+        if script_args.merge_adapter:
+            print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")
     return trainer
 
 

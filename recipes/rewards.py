@@ -158,7 +158,7 @@ class RewardModel:
         if output not in OUTPUTS:
             raise ValueError(f"output: {output!r} is not one of {', '.join(OUTPUTS)}")
         self.batch_size, self.include_prompt, self.output = batch_size, include_prompt, output
-        self.model, self.tokenizer = _load_classifier(path, dtype)
+        self.model, self.tokenizer = load_classifier(path, dtype)
         self.device = torch.device(device) if device is not None else PartialState().device
         self.model.to(self.device).eval().requires_grad_(False)
         config = self.model.config
@@ -260,7 +260,7 @@ def _whole_on_every_rank():
 
 
 @_whole_on_every_rank()
-def _load_classifier(path: str, dtype):
+def load_classifier(path: str, dtype):
     """The classifier at `path` and its tokenizer. A head that was never trained is an error, not a random score."""
     if find_adapter_config_file(path) is not None:
         return _load_adapter(path, dtype)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
+
+from rewards import SCORE_OFFSET, load_classifier
 
 
 class SeededByPass(Sampler):
@@ -148,11 +151,19 @@ def merge_adapter(folder, dtype="auto"):
     """Write the model that a LoRA adapter and its base make together to `folder`/merged, with its tokenizer.
 
     The base is loaded anew, so that weights which were quantised for training are merged at full precision. Returns
-    the new folder; it loads with plain `AutoModelForCausalLM`.
+    the new folder; it loads with plain `AutoModelForCausalLM`, or as a sequence classifier if the adapter is one.
     """
-    from peft import AutoPeftModelForCausalLM  # takes seconds, and most runs have no adapter
+    from peft import AutoPeftModelForCausalLM, PeftConfig  # takes seconds, and most runs have no adapter
 
     merged = Path(folder) / "merged"
-    AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).merge_and_unload().save_pretrained(merged)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(merged)
+    if PeftConfig.from_pretrained(folder).task_type == "SEQ_CLS":
+        model, tokenizer = load_classifier(folder, dtype)
+    else:
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.merge_and_unload().save_pretrained(merged)
+    tokenizer.save_pretrained(merged)
+    offset = Path(folder) / SCORE_OFFSET
+    if offset.is_file():
+        shutil.copy(offset, merged)
     return str(merged)

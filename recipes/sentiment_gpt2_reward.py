@@ -29,7 +29,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_q
 from preferences import center_scores, check_length, load_pairs, report, tokenize_pairs
 from recipe_args import RecipeArguments, UserError, load_split, one_line_errors, parse, require_path
 from rewards import RewardModel, encode
-from run_support import keep_trainable
+from run_support import keep_trainable, merge_adapter
 
 LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
 
@@ -169,6 +169,8 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
         center_scores(reward_model, texts, training_args.output_dir)
         report(reward_model, training_args.output_dir, train=some, test=test)
         print(f"reward model: {training_args.output_dir}")
+        if script_args.merge_adapter:
+            print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")
     return trainer
 
 

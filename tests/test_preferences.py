@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
+from transformers import AutoModelForSequenceClassification
 
 import preferences
 from recipe_args import UserError
 from rewards import RewardModel, length_penalty, repetition_penalty
+from run_support import merge_adapter
 
 
 def write(folder, rows):
@@ -93,3 +97,18 @@ def test_the_penalties_grow_with_words_and_with_repetition():
     assert repeated[0] == repeated[3] == repeated[4] == 0
     assert repeated[2] < repeated[1] < 0
     assert repetition_penalty(completions=[[{"role": "assistant", "content": texts[2]}]]) == [repeated[2]]
+
+
+def test_a_merged_reward_adapter_scores_as_the_adapter_does(classifier_path, tokenizer, tmp_path):
+    torch.manual_seed(2)
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    get_peft_model(AutoModelForSequenceClassification.from_pretrained(classifier_path), lora).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["a great film", "a terrible film with an awful plot"]
+    adapter = RewardModel(str(tmp_path))
+    preferences.center_scores(adapter, texts, tmp_path)
+    merged = RewardModel(merge_adapter(str(tmp_path), "float32"))
+    assert merged.score(texts) == pytest.approx(adapter.score(texts), abs=1e-5)
+    assert merged.score(texts) != pytest.approx(RewardModel(classifier_path).score(texts), abs=1e-3)
