@@ -33,15 +33,27 @@ import datasets
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from eval.intervals import compare_pairs, distinct_trigrams, interval
+from eval.loading import (
+    InputError,
+    OneLineParser,
+    at_least,
+    check_exists,
+    check_model,
+    cut_after_eos,
+    first_line,
+    load_model,
+    load_tokenizer,
+    positions_of,
+    positive,
+    set_stop_ids,
+    stop_ids,
+)
 from eval.report import SCHEMA_VERSION, print_table, write_atomically, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLES = ("base", "tuned")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-LOCAL_PREFIXES = (".", "~", "runs/", "data/")
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 REWARD_NAME = re.compile(r"[\w.-]+")
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
@@ -49,10 +61,6 @@ NOT_COLUMNS = {"prompts", "completion", "completions", "completion_ids"}  # name
 LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft", "scipy")
 
 Reward = Callable[..., list[float]]
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line that names it."""
 
 
 @dataclass
@@ -80,13 +88,6 @@ class Samples:
 # --------------------------------------------------------------------------------------------------------------
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(prog="eval.compare", description="Compare a base model with its tuned one.")
@@ -96,34 +97,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompts", required=True, help="folder, JSONL file or Hub id of the prompts")
     add("--reward", action="append", required=True, metavar="NAME=SPEC", help="module:function or classifier[#LABEL]")
     add("--output", type=Path, required=True, help="folder for results.json and report.md")
-    add("--n_prompts", type=_at_least(2), default=512, help="the first so many prompts (default 512)")
-    add("--max_new_tokens", type=_at_least(1), default=24)
-    add("--temperature", type=_positive, default=1.0)
-    add("--seed", type=_at_least(0), default=0)
-    add("--batch_size", type=_at_least(1), default=64)
+    add("--n_prompts", type=at_least(2), default=512, help="the first so many prompts (default 512)")
+    add("--max_new_tokens", type=at_least(1), default=24)
+    add("--temperature", type=positive, default=1.0)
+    add("--seed", type=at_least(0), default=0)
+    add("--batch_size", type=at_least(1), default=64)
     add("--prompt_column", default="prompt")
-    add("--prompt_tokens", type=_at_least(1), nargs=2, metavar=("MIN", "MAX"), help="cut prompts at random lengths")
+    add("--prompt_tokens", type=at_least(1), nargs=2, metavar=("MIN", "MAX"), help="cut prompts at random lengths")
     add("--split", default="test")
-    add("--n_samples", type=_at_least(0), default=5, help="samples shown in the report (default 5)")
+    add("--n_samples", type=at_least(0), default=5, help="samples shown in the report (default 5)")
     add("--overwrite", action="store_true", help="replace the results already in --output")
     return parser
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        number = int(text)
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}, not {number}")
-        return number
-
-    return whole_number
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
-    return number
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -133,42 +117,6 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise InputError(f"--output {folder}: {existing} is not a folder that can be written to")
     if (folder / "results.json").exists() and not overwrite:
         raise InputError(f"--output {folder} already has a results.json; give another folder or --overwrite")
-
-
-def check_exists(option: str, source: str) -> None:
-    """InputError if `source` neither exists nor may be a Hub id, `name` or `org/name` (but no org is `runs` here)."""
-    may_be_hub_id = HUB_ID.fullmatch(source) and not source.startswith(LOCAL_PREFIXES)
-    if not Path(source).exists() and not may_be_hub_id:
-        raise InputError(f"{option} {source}: no such file or folder")
-
-
-def check_model(option: str, path: str) -> None:
-    """InputError unless `path` has a readable configuration, and its base model too if it is an adapter."""
-    check_exists(option, path)
-    try:
-        if is_adapter(path):
-            path = base_of_adapter(path)
-            check_exists(f"{option}'s base model", path)
-        AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: no model can be loaded from there: {first_line(error)}") from error
-
-
-def is_adapter(path: str) -> bool:
-    """Whether the folder holds a PEFT adapter instead of a whole model."""
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def base_of_adapter(path: str) -> str:
-    """The path or Hub id of the model that the adapter belongs to."""
-    from peft import PeftConfig  # here, because importing peft is slow and prints where bitsandbytes has no GPU
-
-    return PeftConfig.from_pretrained(path).base_model_name_or_path
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_prompts(source: str, split: str, column: str, n: int) -> Prompts:
@@ -200,19 +148,6 @@ def cut_prompts(texts: list[str], tokenizer, low: int, high: int, seed: int) -> 
     lengths = [int(rng.integers(low, high + 1)) for _ in texts]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [tokenizer.decode(row[:length]) for row, length in zip(ids, lengths, strict=True)]
-
-
-def load_tokenizer(path: str):
-    """The model's tokenizer, or its base model's if it is an adapter without one."""
-    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = base_of_adapter(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no tokenizer can be loaded from there: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked: any token will do
-    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -297,28 +232,6 @@ def is_finite_number(value) -> bool:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def load_model(path: str) -> torch.nn.Module:
-    """The causal LM in float32, on the GPU if there is one; an adapter is merged into its base model."""
-    try:
-        model = _load_adapter(path) if is_adapter(path) else _load_whole(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no causal language model can be loaded from there: {first_line(error)}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _load_whole(path: str) -> torch.nn.Module:
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:  # transformers fills these with noise and carries on
-        raise ValueError(f"its weights lack {min(info['missing_keys'])}")
-    return model
-
-
-def _load_adapter(path: str) -> torch.nn.Module:
-    from peft import AutoPeftModelForCausalLM
-
-    return AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
-
-
 def check_vocabulary(models: dict, tokenizer, tuned_path: str) -> None:
     """InputError unless the base can score the tuned model's tokens: same count, same meaning."""
     base, tuned = (models[role].config.vocab_size for role in ROLES)
@@ -333,7 +246,7 @@ def check_vocabulary(models: dict, tokenizer, tuned_path: str) -> None:
 
 def check_lengths(prompts: Prompts, models: dict, max_new_tokens: int) -> None:
     """InputError for a prompt without tokens, or one too long for the models' positions."""
-    room = min(getattr(models[role].config, "max_position_embeddings", None) or math.inf for role in ROLES)
+    room = min(positions_of(models[role]) for role in ROLES)
     for index, ids in enumerate(prompts.ids):
         if not ids:
             raise InputError(f"prompt {index} has no tokens")
@@ -344,23 +257,11 @@ def check_lengths(prompts: Prompts, models: dict, max_new_tokens: int) -> None:
             )
 
 
-def stop_ids(models: dict, tokenizer) -> list[int]:
-    """Every EOS id that either model or the tokenizer declares: both models must stop alike to be compared."""
-    declared = {tokenizer.eos_token_id}
-    for model in models.values():
-        ids = model.generation_config.eos_token_id
-        declared.update(ids if isinstance(ids, list) else [ids])
-    return sorted(declared - {None})
-
-
 def generate(model, tokenizer, prompt_ids: list[list[int]], eos: list[int], settings, title: str) -> list[list[int]]:
     """One completion for each prompt, up to and including its first EOS; batch b is drawn with seed + b."""
     from scoring import pad_batch
 
-    # `generate` fills what a call leaves open (top_p, min_length, …) from the model's own file; nothing may leak.
-    model.generation_config = GenerationConfig(
-        eos_token_id=eos or None, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-    )
+    set_stop_ids(model, tokenizer, eos)
     completions: list[list[int]] = []
     for number, rows in enumerate(batches(len(prompt_ids), settings.batch_size, f"generate {title}")):
         batch = pad_batch(prompt_ids[rows], [[]] * len(prompt_ids[rows]), tokenizer.pad_token_id)
@@ -377,12 +278,6 @@ def generate(model, tokenizer, prompt_ids: list[list[int]], eos: list[int], sett
         new_tokens = sequences[:, batch["input_ids"].size(1) :].tolist()
         completions += [cut_after_eos(ids, eos) for ids in new_tokens]
     return completions
-
-
-def cut_after_eos(ids: list[int], eos: list[int]) -> list[int]:
-    """`ids` up to and including the first of the EOS ids; all of them if there is none."""
-    end = next((index for index, token in enumerate(ids) if token in eos), len(ids))
-    return ids[: end + 1]
 
 
 def sequence_kl(
@@ -556,7 +451,7 @@ def compare(args, argv: list[str]) -> dict:
     models = {role: load_model(getattr(args, role)) for role in ROLES}
     check_vocabulary(models, tokenizer, args.tuned)
     check_lengths(prompts, models, args.max_new_tokens)
-    eos = stop_ids(models, tokenizer)
+    eos = stop_ids(models.values(), tokenizer)
 
     # 3. Completions and their scores.
     samples: dict[str, Samples] = {}

@@ -336,7 +336,7 @@ def test_a_models_own_generation_settings_do_not_leak_into_sampling(run, gpt2_pa
 def test_completions_end_with_the_first_of_any_declared_eos_token(gpt2_path, tokenizer):
     model = compare.load_model(gpt2_path)
     model.generation_config.eos_token_id = list(range(1, 100))
-    eos = compare.stop_ids({"base": model}, tokenizer)
+    eos = compare.stop_ids({"base": model}.values(), tokenizer)
     assert eos == list(range(1, 100))
     drawn = compare.generate(model, tokenizer, tokenizer(PROMPTS)["input_ids"], eos, settings(), "")
     assert any(len(ids) < 6 for ids in drawn)

@@ -1,0 +1,149 @@
+"""What every command of eval/ needs to start: options and models that are checked early, loaded, or refused in a line.
+
+A model is a folder or Hub id, whole or a LoRA adapter, which is merged into its base model.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LOCAL_PREFIXES = (".", "~", "runs/", "data/")
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one line that names it."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `lowest` up."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"must be at least {lowest}, not {number}")
+        return number
+
+    return whole_number
+
+
+def positive(text: str) -> float:
+    """An argparse type: finite numbers above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
+    return number
+
+
+def check_exists(option: str, source: str) -> None:
+    """InputError if `source` neither exists nor may be a Hub id, `name` or `org/name` (but no org is `runs` here)."""
+    may_be_hub_id = HUB_ID.fullmatch(source) and not source.startswith(LOCAL_PREFIXES)
+    if not Path(source).exists() and not may_be_hub_id:
+        raise InputError(f"{option} {source}: no such file or folder")
+
+
+def check_model(option: str, path: str) -> None:
+    """InputError unless `path` has a readable configuration, and its base model too if it is an adapter."""
+    check_exists(option, path)
+    try:
+        if is_adapter(path):
+            path = base_of_adapter(path)
+            check_exists(f"{option}'s base model", path)
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option} {path}: no model can be loaded from there: {first_line(error)}") from error
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the folder holds a PEFT adapter instead of a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def base_of_adapter(path: str) -> str:
+    """The path or Hub id of the model that the adapter belongs to."""
+    from peft import PeftConfig  # here, because importing peft is slow and prints where bitsandbytes has no GPU
+
+    return PeftConfig.from_pretrained(path).base_model_name_or_path
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_tokenizer(path: str):
+    """The model's tokenizer, or its base model's if it is an adapter without one."""
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of_adapter(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no tokenizer can be loaded from there: {first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked: any token will do
+    return tokenizer
+
+
+def load_model(path: str) -> torch.nn.Module:
+    """The causal LM in float32, on the GPU if there is one; an adapter is merged into its base model."""
+    try:
+        model = _load_adapter(path) if is_adapter(path) else _load_whole(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: no causal language model can be loaded from there: {first_line(error)}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _load_whole(path: str) -> torch.nn.Module:
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:  # transformers fills these with noise and carries on
+        raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+    return model
+
+
+def _load_adapter(path: str) -> torch.nn.Module:
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
+
+
+def stop_ids(models: Iterable, tokenizer) -> list[int]:
+    """Every EOS id that one of the models or the tokenizer declares: models that are compared must stop alike."""
+    declared = {tokenizer.eos_token_id}
+    for model in models:
+        ids = model.generation_config.eos_token_id
+        declared.update(ids if isinstance(ids, list) else [ids])
+    return sorted(declared - {None})
+
+
+def set_stop_ids(model, tokenizer, eos: list[int]) -> None:
+    """Replace the model's generation settings by its stop and padding tokens alone.
+
+    `generate` fills what a call leaves open (top_p, min_length, …) from the model's own file; nothing may leak.
+    """
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos or None, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+
+
+def positions_of(model) -> float:
+    """How many positions the model has, infinity where its configuration names no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def cut_after_eos(ids: list[int], eos: list[int]) -> list[int]:
+    """`ids` up to and including the first of the EOS ids; all of them if there is none."""
+    end = next((index for index, token in enumerate(ids) if token in eos), len(ids))
+    return ids[: end + 1]

@@ -1,0 +1,340 @@
+"""Continue a prompt with a model, or with a base model and its tuned one side by side; the text shows as it is made.
+
+    python -m eval.predict --model runs/tuned --prompt "This film"
+    python -m eval.predict --model runs/tuned --compare openai-community/gpt2 --file prompts.txt
+    python -m eval.predict --model runs/summarize --title "A question" --post "My neighbour …" --temperature 0
+
+A prompt comes from `--prompt`, from `--title` and `--post` (with `--subreddit`, in the form of the TL;DR dataset), or
+from `--file`: a prompt per line, or the column `--prompt_column` of a `.jsonl`. With none of them the command asks
+for prompts on a terminal, and reads one per line from what is piped into it. The model is a folder or Hub id, whole
+or a LoRA adapter. Text goes to the model as it is; `--chat` wraps it in the tokenizer's conversation template.
+Bad input ends in one line on stderr and exit status 2.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import TextStreamer
+
+from eval.loading import (
+    InputError,
+    OneLineParser,
+    at_least,
+    check_model,
+    first_line,
+    load_model,
+    load_tokenizer,
+    positions_of,
+    set_stop_ids,
+    stop_ids,
+)
+
+# What a terminal would obey instead of show: controls but for tab and line feed, and those that reorder text.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass
+class Predictor:
+    """A model that is ready to continue prompts, with its tokenizer and the tokens it stops at."""
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    eos: list[int]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="eval.predict", description="Continue a prompt with a model.")
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub id; a LoRA adapter's works too")
+    add("--compare", metavar="BASE", help="show this model's text beside it")
+    add("--prompt", help="the text to continue")
+    add("--title", help="title of a post to summarise, with --post")
+    add("--post", help="text of a post to summarise, with --title")
+    add("--subreddit", help="where the post was made, without r/")
+    add("--file", type=Path, help="a prompt per line, or a .jsonl with a column of them")
+    add("--prompt_column", default="prompt", help="column of a .jsonl file (default prompt)")
+    add("--chat", action="store_true", help="apply the tokenizer's conversation template")
+    add("--max_new_tokens", type=at_least(1), default=64)
+    add("--temperature", type=_zero_or_more, default=1.0, help="0 takes the likeliest token each time (default 1)")
+    add("--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this total chance (default 1)")
+    add("--seed", type=at_least(0), default=0)
+    return parser
+
+
+def _zero_or_more(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or above and finite, not {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
+    return number
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------
+
+
+def format_post(subreddit: str | None, title: str, post: str) -> str:
+    """A Reddit post as a prompt of the TL;DR dataset (Stiennon et al. 2020), without its first line if unknown."""
+    origin = f"SUBREDDIT: r/{subreddit}\n\n" if subreddit else ""
+    return f"{origin}TITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+
+
+def given_prompts(args) -> list[Prompt] | None:
+    """The prompts that the options name, None if they name none; InputError for options that do not fit together."""
+    if (args.title is None) != (args.post is None):
+        raise InputError("--title and --post belong together; give both")
+    if args.subreddit is not None and args.post is None:
+        raise InputError(f"--subreddit {args.subreddit} needs --title and --post")
+    sources = {"--prompt": args.prompt, "--title": args.title, "--file": args.file}
+    named = [option for option, value in sources.items() if value is not None]
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)}: give one of them")
+    if args.file is not None:
+        return read_prompts(args.file, args.prompt_column, args.chat)
+    text = args.prompt if args.post is None else format_post(args.subreddit, args.title, args.post)
+    if text is not None and not text.strip():
+        raise InputError("--prompt is empty; give the text to continue")
+    return None if text is None else [text]
+
+
+def read_prompts(file: Path, column: str, chat: bool) -> list[Prompt]:
+    """Every prompt of a text file (a line each, blank ones skipped) or of a `.jsonl`; InputError if there is none."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
+    except (OSError, ValueError) as error:
+        raise InputError(f"--file {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputError(f"--file {file} holds no prompt")
+    if file.suffix != ".jsonl":
+        return [line.rstrip("\r") for _, line in numbered]
+    return [_prompt_of_row(f"--file {file}, line {number}", line, column, chat) for number, line in numbered]
+
+
+def _prompt_of_row(where: str, line: str, column: str, chat: bool) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict) or column not in row:
+        raise InputError(f"{where} has no column {column!r} (--prompt_column names another)")
+    prompt = row[column]
+    if isinstance(prompt, list) and not chat:
+        raise InputError(f"{where}: {column!r} is a conversation; --chat applies the tokenizer's template")
+    is_conversation = isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt)
+    if not is_conversation and (not isinstance(prompt, str) or not prompt.strip()):
+        raise InputError(f"{where}: {column!r} is not a text or is empty")
+    return prompt
+
+
+def piped_prompts() -> Iterator[str]:
+    """The lines of stdin as prompts; InputError if there is none."""
+    any_prompt = False
+    for line in sys.stdin:
+        if line.strip():
+            any_prompt = True
+            yield line.rstrip("\r\n")
+    if not any_prompt:
+        raise InputError("no prompt: give --prompt, --title and --post, or --file, or pipe in a prompt per line")
+
+
+def asked_prompts() -> Iterator[str]:
+    """What the user types, line by line, until an end of file or an interrupt."""
+    print("A prompt per line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if line.strip():
+            yield line
+
+
+# --- Models -----------------------------------------------------------------------------------------------------
+
+
+def load_predictors(args) -> list[Predictor]:
+    """The base model, where there is one, then the model; InputError before any loads if one of them cannot be used."""
+    paths = {"base": args.compare, "tuned": args.model} if args.compare else {"model": args.model}
+    for name, path in paths.items():
+        check_model("--compare" if name == "base" else "--model", path)
+    tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
+    for name, path in paths.items():
+        if args.chat and not tokenizers[name].chat_template:
+            raise InputError(f"--chat: the tokenizer of {path} has no conversation template")
+    models = {name: load_model(path) for name, path in paths.items()}
+    predictors = []
+    for name, model in models.items():
+        eos = stop_ids([model], tokenizers[name])
+        set_stop_ids(model, tokenizers[name], eos)
+        predictors.append(Predictor(name, model, tokenizers[name], eos))
+    return predictors
+
+
+def encode_prompt(predictor: Predictor, prompt: Prompt, args) -> torch.Tensor:
+    """The prompt's token ids (1, P) on the model's device; InputError if it has none, or too many for the model."""
+    tokenizer = predictor.tokenizer
+    if args.chat:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program of its author's, and refuses turns in its own words
+            raise InputError(f"the conversation template refused the prompt: {first_line(error)}") from error
+    # A template writes the special tokens itself.
+    ids = tokenizer(prompt, add_special_tokens=not args.chat, return_tensors="pt")["input_ids"].long()
+    room = positions_of(predictor.model)
+    if not ids.size(1):
+        raise InputError("the prompt has no tokens")
+    if ids.size(1) + args.max_new_tokens > room:
+        raise InputError(
+            f"the prompt has {ids.size(1)} tokens; with --max_new_tokens {args.max_new_tokens} that is over the "
+            f"{room} positions of the {predictor.name}"
+        )
+    return ids.to(predictor.model.device)
+
+
+class Pieces(TextStreamer):
+    """Hands the completion's text to `show` piece by piece, as it is made, without what a terminal would obey."""
+
+    def __init__(self, tokenizer, show: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with each piece that later tokens cannot change."""
+        self.show(printable(text))
+
+
+def printable(text: str) -> str:
+    """`text` with the characters that a terminal would obey replaced by �."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def predict(predictor: Predictor, ids: torch.Tensor, args, seed: int, show: Callable[[str], None]) -> str:
+    """One completion of the prompt `ids` (1, P), handed to `show` as it is made; InputError if generation fails."""
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    torch.manual_seed(seed)
+    try:
+        with torch.no_grad():
+            sequence = predictor.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=args.max_new_tokens,
+                streamer=Pieces(predictor.tokenizer, show),
+                **(sampling if args.temperature else {"do_sample": False}),
+            )
+    except RuntimeError as error:  # no chances to draw from (NaN weights), or no memory
+        raise InputError(f"the {predictor.name} cannot generate: {first_line(error)}") from error
+    return predictor.tokenizer.decode(sequence[0, ids.size(1) :], skip_special_tokens=True)
+
+
+# --- Showing ----------------------------------------------------------------------------------------------------
+
+
+def show_plainly(predictors: list[Predictor], encoded: list[torch.Tensor], args, seed: int) -> list[str]:
+    """Stream each completion to stdout, under its model's name where there are two."""
+    completions = []
+    for predictor, ids in zip(predictors, encoded, strict=True):
+        if len(predictors) > 1:
+            print(f"[{predictor.name}]")
+        completions.append(predict(predictor, ids, args, seed, lambda piece: print(piece, end="", flush=True)))
+        print()
+    return completions
+
+
+def show_beside(predictors: list[Predictor], encoded: list[torch.Tensor], args, seed: int, console: Console) -> list:
+    """Stream the completions into the columns of one table, base on the left."""
+    shown = ["" for _ in predictors]
+
+    def table() -> Table:
+        grid = Table(*(predictor.name for predictor in predictors), expand=True)
+        grid.add_row(*(Text(text) for text in shown))  # Text: square brackets are not rich's markup here
+        return grid
+
+    completions = []
+    with Live(table(), console=console, vertical_overflow="visible", auto_refresh=False) as live:
+        for column, (predictor, ids) in enumerate(zip(predictors, encoded, strict=True)):
+
+            def show(piece: str, column: int = column) -> None:
+                shown[column] += piece
+                live.update(table(), refresh=True)
+
+            completions.append(predict(predictor, ids, args, seed, show))
+    return completions
+
+
+def run(prompts: Iterable[Prompt], predictors: list[Predictor], args, typed: bool) -> list[dict[str, str]]:
+    """Continue every prompt; where they are typed, one that cannot be used is said and passed over."""
+    console = Console()
+    completions = []
+    known = len(prompts) if isinstance(prompts, list) else None
+    for index, prompt in enumerate(prompts):
+        seed = args.seed + index
+        try:
+            encoded = [encode_prompt(predictor, prompt, args) for predictor in predictors]
+            if known != 1 and not typed:
+                print(f"[prompt {index}] {printable(prompt if isinstance(prompt, str) else json.dumps(prompt))}")
+            if len(predictors) > 1 and console.is_terminal:
+                texts = show_beside(predictors, encoded, args, seed, console)
+            else:
+                texts = show_plainly(predictors, encoded, args, seed)
+        except InputError as error:
+            if not typed:
+                raise InputError(f"prompt {index}: {error}" if known != 1 else str(error)) from error
+            print(f"eval.predict: error: {error}", file=sys.stderr)
+            continue
+        completions.append({predictor.name: text for predictor, text in zip(predictors, texts, strict=True)})
+    return completions
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, str]]:
+    """Continue the prompts that the command line names; returns the completions, by model, one dict for each."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        prompts = given_prompts(args)
+        typed = prompts is None and sys.stdin.isatty()
+        predictors = load_predictors(args)
+        if isinstance(prompts, list):  # a file is refused whole, before the first completion
+            for index, prompt in enumerate(prompts):
+                _check(predictors, prompt, args, index if len(prompts) > 1 else None)
+        else:
+            prompts = asked_prompts() if typed else piped_prompts()
+        return run(prompts, predictors, args, typed)
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\neval.predict: interrupted\n")
+
+
+def _check(predictors: list[Predictor], prompt: Prompt, args, index: int | None) -> None:
+    try:
+        for predictor in predictors:
+            encode_prompt(predictor, prompt, args)
+    except InputError as error:
+        raise InputError(str(error) if index is None else f"prompt {index}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
