@@ -186,7 +186,7 @@ def load_predictors(args) -> list[Predictor]:
     models = {name: load_model(path) for name, path in paths.items()}
     predictors = []
     for name, model in models.items():
-        eos = stop_ids([model], tokenizers[name])
+        eos = stop_ids([model.generation_config], tokenizers[name])
         set_stop_ids(model, tokenizers[name], eos)
         predictors.append(Predictor(name, model, tokenizers[name], eos))
     return predictors
@@ -203,7 +203,7 @@ def encode_prompt(predictor: Predictor, prompt: Prompt, args) -> torch.Tensor:
             raise InputError(f"the conversation template refused the prompt: {first_line(error)}") from error
     # A template writes the special tokens itself.
     ids = tokenizer(prompt, add_special_tokens=not args.chat, return_tensors="pt")["input_ids"].long()
-    room = positions_of(predictor.model)
+    room = positions_of(predictor.model.config)
     if not ids.size(1):
         raise InputError("the prompt has no tokens")
     if ids.size(1) + args.max_new_tokens > room:
