@@ -69,6 +69,9 @@ class Plan:
     tokenizer: object
     eos: list[int]
     pairs: tuple | None
+    sources: dict[str, dict]  # by path: the models' hashes
+    few: Prompts | None  # the prompts of best-of-n, each N times
+    logs: dict[str, CompletionLog]  # "base", "best_of", and "tuned/…" by the target's name
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -127,7 +130,32 @@ def make_plan(args) -> Plan:
     prompts.ids = tokenizer(prompts.texts)["input_ids"]
     check_lengths(prompts, configs.values(), args.max_new_tokens)
     eos = stop_ids([generation_config(path, config) for path, config in configs.items()], tokenizer)
-    return Plan(targets, configs, specs, load_rewards(specs), prompts, tokenizer, eos, pairs)
+    sources = {path: describe_model(path, config) for path, config in configs.items()}
+    few = prompts.first(args.best_of_prompts).repeat(max(args.best_of)) if args.best_of else None
+    logs = {
+        "base": completion_log(args, "base", sources[args.base], prompts, eos),
+        **({"best_of": completion_log(args, "best_of", sources[args.base], few, eos)} if few else {}),
+        **{
+            f"tuned/{each.name}": completion_log(args, f"tuned/{each.name}", sources[each.path], prompts, eos)
+            for each in targets
+        },
+    }
+    return Plan(targets, configs, specs, load_rewards(specs), prompts, tokenizer, eos, pairs, sources, few, logs)
+
+
+def completion_log(args, name: str, source: dict, prompts: Prompts, eos: list[int]) -> CompletionLog:
+    """The file of a model's completions; its fingerprint is all that decides them. InputError if it has another."""
+    versions = describe_versions()
+    fingerprint = {
+        "model": source,
+        **{setting: getattr(args, setting) for setting in ("max_new_tokens", "temperature", "seed", "batch_size")},
+        "n": len(prompts.ids),
+        "prompts": hashlib.sha256(json.dumps(prompts.ids).encode()).hexdigest(),
+        "eos": eos,
+        "device": describe_hardware()["gpu"] or "cpu",
+        **{library: versions[library] for library in ("torch", "transformers")},
+    }
+    return CompletionLog(args.output / "completions" / f"{name}.jsonl", fingerprint, args.overwrite)
 
 
 # --- The comparison ---------------------------------------------------------------------------------------------
@@ -139,47 +167,37 @@ def compare(args, argv: list[str]) -> dict[Path, dict]:
     plan = make_plan(args)
 
     # 1. The base, once for all.
-    models = {"base": load_scorer(args.base, args.temperature)}
-    base = draw(models["base"], plan, args, "base", args.base)
-    base.base_logprobs = score_tokens(models["base"], plan, base, args, "base")
-    picks = draw_best_of(models["base"], plan, args) if args.best_of else None
+    scorer = load_scorer(args.base, args.temperature)
+    base = draw(scorer, plan, args, "base", plan.logs["base"])
+    base.base_logprobs = score_tokens(scorer, plan, base, args, "base")
+    picks = draw_best_of(scorer, plan, args) if args.best_of else None
 
-    # 2. Each tuned model beside it.
-    compared = []
-    for target in plan.targets:
-        models["tuned"] = load_scorer(target.path, args.temperature)
-        tuned = draw(models["tuned"], plan, args, f"tuned/{target.name}" if args.runs else target.name, target.path)
-        tuned.base_logprobs = score_tokens(models["base"], plan, tuned, args, "base")
-        own = score_tokens(models.pop("tuned"), plan, tuned, args, target.name)
-        tuned.kl = (np.array(own) - np.array(tuned.base_logprobs)).tolist()
-        described = {"name": target.name, "step": target.step}
-        described["model"] = describe_model(target.path, plan.configs[target.path])
-        described["metrics"] = measure({"base": base, "tuned": tuned}, args.seed)
-        compared.append((described, tuned))
-
-    # 3. The figures.
+    # 2. Each tuned model beside it, and its results.
     run = describe_run(args, argv, plan, SCHEMA_VERSION)
     if plan.pairs:
-        rewards = plan.rewards.items()
-        measured = {name: measure_pairs(name, each, plan.pairs, args.batch_size, args.seed) for name, each in rewards}
-        run["pairs"] = {"source": args.pairs, "split": args.split, "rewards": measured}
-    results = {}
-    for described, tuned in compared if args.runs else compared[-1:]:
-        folder = run_folder(args, described["name"])
-        results[folder] = {
+        run["pairs"] = {"source": args.pairs, "split": args.split, "rewards": measure_all_pairs(plan, args)}
+    described, results = [], {}
+    for target in plan.targets:
+        tuned = draw_tuned(scorer, plan, target, args)
+        metrics = measure({"base": base, "tuned": tuned}, args.seed)
+        described.append({"name": target.name, "step": target.step, "model": plan.sources[target.path]})
+        described[-1]["metrics"] = metrics
+        results[run_folder(args, target.name)] = {  # a sweep's last model, its final one, replaces those before it
             **run,
             "kind": "comparison",
-            "models": {"base": run["models"]["base"], "tuned": described["model"]},
-            "metrics": described["metrics"],
+            "models": run["models"] | {"tuned": plan.sources[target.path]},
+            "metrics": metrics,
             "best_of_n": best_of_n(picks, tuned, plan, args) if picks else None,
-            "sweep": [each for each, _ in compared] if args.sweep else None,
-            "training": read_curves(str(args.sweep or described["model"]["path"])),
+            "sweep": described if args.sweep else None,
+            "training": read_curves(str(args.sweep or target.path)),
             "samples": describe_samples(plan.prompts, {"base": base, "tuned": tuned}),
         }
+
+    # 3. What they cost.
     if args.runs:
-        runs = [each for each, _ in compared]
-        results[args.output] = run | {"kind": "runs", "runs": runs, "over_runs": summarise_runs(runs)}
+        results[args.output] = run | {"kind": "runs", "runs": described, "over_runs": summarise_runs(described)}
     cost = {"wall_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
+    cost["resumed"] = sum(log.resumed for log in plan.logs.values())
     return {folder: result | cost for folder, result in results.items()}
 
 
@@ -195,10 +213,9 @@ def load_scorer(path: str, temperature: float) -> torch.nn.Module:
     return add_scoring_forward(load_model(path), temperature)
 
 
-def draw(model, plan: Plan, args, name: str, path: str) -> Samples:
+def draw(model, plan: Plan, args, name: str, log: CompletionLog) -> Samples:
     """One model's completions of all prompts, scored by every reward."""
     prompts = plan.prompts
-    log = completion_log(plan, args, name, path, prompts.ids)
     ids = generate(model, plan.tokenizer, prompts.ids, plan.eos, args, name, log)
     texts = plan.tokenizer.batch_decode(ids, skip_special_tokens=True)
     samples = Samples(ids, texts, [row[-1] in plan.eos for row in ids])
@@ -206,6 +223,16 @@ def draw(model, plan: Plan, args, name: str, path: str) -> Samples:
         samples.scores[reward_name] = score(reward_name, reward, prompts, texts, ids, args.batch_size)
     if prompts.references is not None:
         samples.rouge = rouge_scores(prompts.references, texts)
+    return samples
+
+
+def draw_tuned(base, plan: Plan, target: Target, args) -> Samples:
+    """The tuned model's completions with their KL to the base; the model is let go."""
+    model = load_scorer(target.path, args.temperature)
+    samples = draw(model, plan, args, target.name, plan.logs[f"tuned/{target.name}"])
+    own = score_tokens(model, plan, samples, args, target.name)
+    samples.base_logprobs = score_tokens(base, plan, samples, args, "base")
+    samples.kl = np.subtract(own, samples.base_logprobs).tolist()
     return samples
 
 
@@ -217,15 +244,19 @@ def score_tokens(model, plan: Plan, samples: Samples, args, title: str) -> list[
 
 def draw_best_of(model, plan: Plan, args) -> dict[str, np.ndarray]:
     """Every reward's scores (prompts, N) of N samples of the base for each of the first prompts."""
-    total, few = max(args.best_of), plan.prompts.first(args.best_of_prompts)
-    repeated = few.repeat(total)
-    log = completion_log(plan, args, "best_of", args.base, repeated.ids)
-    ids = generate(model, plan.tokenizer, repeated.ids, plan.eos, args, "best-of-n", log, stream=1)
+    few = plan.few
+    ids = generate(model, plan.tokenizer, few.ids, plan.eos, args, "best-of-n", plan.logs["best_of"], stream=1)
     texts = plan.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return {
-        name: np.reshape(score(name, reward, repeated, texts, ids, args.batch_size), (len(few.texts), total))
+        name: np.reshape(score(name, reward, few, texts, ids, args.batch_size), (-1, max(args.best_of)))
         for name, reward in plan.rewards.items()
     }
+
+
+def measure_all_pairs(plan: Plan, args) -> dict[str, dict]:
+    """Every reward's accuracy and calibration over the judged pairs."""
+    rewards = plan.rewards.items()
+    return {name: measure_pairs(name, reward, plan.pairs, args.batch_size, args.seed) for name, reward in rewards}
 
 
 def best_of_n(picks: dict[str, np.ndarray], tuned: Samples, plan: Plan, args) -> dict:
@@ -236,20 +267,6 @@ def best_of_n(picks: dict[str, np.ndarray], tuned: Samples, plan: Plan, args) ->
     kl = float(np.mean(tuned.kl))
     at_equal = compare_at_equal_kl(picks[reward], np.array(tuned.scores[reward][:n]), kl, sizes, args.seed)
     return measure_best_of_n(picks, sizes, reward, args.seed) | {"at_equal_kl": at_equal}
-
-
-def completion_log(plan: Plan, args, name: str, path: str, prompt_ids: list[list[int]]) -> CompletionLog:
-    """The file of this model's completions; its fingerprint is all that decides them."""
-    versions = describe_versions()
-    fingerprint = {
-        "model": describe_model(path, plan.configs[path]),
-        "prompts": hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
-        **{setting: getattr(args, setting) for setting in ("max_new_tokens", "temperature", "seed", "batch_size")},
-        "eos": plan.eos,
-        "device": describe_hardware()["gpu"] or "cpu",
-        **{library: versions[library] for library in ("torch", "transformers")},
-    }
-    return CompletionLog(args.output / "completions" / f"{name}.jsonl", fingerprint, args.overwrite)
 
 
 def main(argv: list[str] | None = None) -> dict:

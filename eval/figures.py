@@ -161,7 +161,12 @@ def _frontier(results: dict) -> Picture:
         axes.plot([], [], "s--", color=OTHER, markersize=4, label="best-of-n of the base")
         for point, score in zip(best, means_of_best, strict=True):
             axes.annotate(
-                f"n={point['n']}", (point["kl"], score), xytext=(-4, 5), textcoords="offset points", fontsize=7
+                f"n={point['n']}",
+                (point["kl"], score),
+                xytext=(-6, 2),
+                textcoords="offset points",
+                fontsize=7,
+                ha="right",
             )
             described.append(f"best of {point['n']} at KL {point['kl']:.2f} scores {score:.3f}")
     axes.set(xlabel="KL to the base, nats per sequence", ylabel=f"{label_of(results, reward)}: mean")

@@ -32,7 +32,7 @@ def describe_run(args, argv: list[str], plan, schema_version: int) -> dict:
         "seed": args.seed,
         "settings": {name: getattr(args, name) for name in SETTINGS} | {"dtype": "float32"},
         "prompts": prompts | {"sha256": plan.prompts.sha256()},
-        "models": {"base": describe_model(args.base, plan.configs[args.base])},
+        "models": {"base": plan.sources[args.base]},
         "rewards": {
             spec.name: describe_source(spec.path or spec.spec) | {"path": spec.spec, "judge": spec.judge}
             for spec in plan.specs.values()

@@ -144,10 +144,11 @@ def facts(results: dict) -> dict[str, str]:
     """Where the results come from, by name."""
     prompts, hardware, memory = results["prompts"], results["hardware"], results["peak_memory_bytes"]
     tuned = results["runs"] if results["kind"] == "runs" else [{"name": "tuned", "model": results["models"]["tuned"]}]
+    resumed = f", going on from {results['resumed']} completions" if results["resumed"] else ""
     gpu_memory = f", {memory['gpu'] / 2**20:.0f} MiB of GPU memory" if memory["gpu"] else ""
     return {
         "command": results["command"],
-        "created": f"{results['created']}, in {results['wall_seconds']:.0f} s",
+        "created": f"{results['created']}, in {results['wall_seconds']:.0f} s{resumed}",
         "commit": results["git_commit"] or "not in git",
         "base": _source(results["models"]["base"]),
         **{run["name"]: _source(run["model"]) for run in tuned},
