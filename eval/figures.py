@@ -53,7 +53,7 @@ STYLE = {
 
 @dataclass
 class Picture:
-    """An SVG with the name, caption and description that stand beside it."""
+    """An SVG with the caption and description that stand beside it; `name` is fit for an id."""
 
     name: str
     caption: str
@@ -103,7 +103,7 @@ def _histogram(name: str, label: str, results: dict, value_of: Callable[[dict], 
     axes.legend()
     means = ", ".join(f"{role} mean {np.mean(values[role]):z.3f}" for role in SERIES)
     description = f"Histograms of {label} for base and tuned, n = {len(results['samples'])}: {means}."
-    return Picture(name, f"{label}: base and tuned", description, _svg(figure, name))
+    return _picture(figure, name, f"{label}: base and tuned", description)
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ def _score_against_kl(results: dict, name: str) -> Picture:
     spread = f"KL {min(kl):.2f} to {max(kl):.2f} nats, score {min(scores):.2f} to {max(scores):.2f}"
     description = f"Each of {len(sides)} tuned samples by its log-ratio and its score by {name}: {spread}."
     caption = f"Score by {label_of(results, name)} against KL, a dot a sample"
-    return Picture(f"kl-{name}", caption, description, _svg(figure, f"kl-{name}"))
+    return _picture(figure, f"kl-{name}", caption, description)
 
 
 def _frontier(results: dict) -> Picture:
@@ -175,7 +175,7 @@ def _frontier(results: dict) -> Picture:
         "the checkpoints" if results["sweep"] else "the tuned model"
     )
     caption += " and best-of-n of the base" if results["best_of_n"] else ""
-    return Picture("frontier", caption, "; ".join(described) + ".", _svg(figure, "frontier"))
+    return _picture(figure, "frontier", caption, "; ".join(described) + ".")
 
 
 def means_of_base(results: dict, reward: str) -> float:
@@ -197,7 +197,7 @@ def _training(training: dict) -> Picture:
             axes.set_xlabel("step")
     ends = ", ".join(f"{name} {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in curves.items())
     description = f"Curves over training steps, first to last value: {ends}."
-    return Picture("training", f"Training, from {training['source']}", description, _svg(figure, "training"))
+    return _picture(figure, "training", f"Training, from {training['source']}", description)
 
 
 def _runs(results: dict, label: str, metric_of: Callable[[dict], dict], name: str) -> Picture:
@@ -221,9 +221,7 @@ def _runs(results: dict, label: str, metric_of: Callable[[dict], dict], name: st
     axes.set_xlabel(label)
     axes.legend(fontsize=7)
     each = "; ".join(f"{run['name']} {estimate_text(found)}" for run, found in zip(runs, estimates, strict=True))
-    return Picture(
-        f"runs-{name}", f"{label}, a run a row", f"{label} of each run: {each}.", _svg(figure, f"runs-{name}")
-    )
+    return _picture(figure, f"runs-{name}", f"{label}, a run a row", f"{label} of each run: {each}.")
 
 
 def _calibration(results: dict) -> list[Picture]:
@@ -246,7 +244,12 @@ def _calibration(results: dict) -> list[Picture]:
     axes.set(xlabel="chance that the margin implies", ylabel="share ordered rightly", ylim=(0, 1.02))
     axes.legend()
     caption = "Judged pairs: how often the reward is right, against how sure it is (the line: calibrated)"
-    return [Picture("calibration", caption, "; ".join(described) + ".", _svg(figure, "calibration"))]
+    return [_picture(figure, "calibration", caption, "; ".join(described) + ".")]
+
+
+def _picture(figure: Figure, name: str, caption: str, description: str) -> Picture:
+    name = re.sub(r"[^\w-]", "-", name)
+    return Picture(name, caption, description, _svg(figure, name))
 
 
 def _subplots(width: float = 5.2, height: float = 2.8) -> tuple[Figure, object]:
