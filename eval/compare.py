@@ -195,7 +195,8 @@ def compare(args, argv: list[str]) -> dict[Path, dict]:
 
     # 3. What they cost.
     if args.runs:
-        results[args.output] = run | {"kind": "runs", "runs": described, "over_runs": summarise_runs(described)}
+        together = {"kind": "runs", "runs": described, "over_runs": summarise_runs(described)}
+        results[args.output] = run | together | {"best_of_n": best_of_n(picks, None, plan, args) if picks else None}
     cost = {"wall_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
     cost["resumed"] = sum(log.resumed for log in plan.logs.values())
     return {folder: result | cost for folder, result in results.items()}
@@ -259,14 +260,16 @@ def measure_all_pairs(plan: Plan, args) -> dict[str, dict]:
     return {name: measure_pairs(name, reward, plan.pairs, args.batch_size, args.seed) for name, reward in rewards}
 
 
-def best_of_n(picks: dict[str, np.ndarray], tuned: Samples, plan: Plan, args) -> dict:
-    """Best-of-n at every size asked for, and the tuned model beside it on the same prompts."""
+def best_of_n(picks: dict[str, np.ndarray], tuned: Samples | None, plan: Plan, args) -> dict:
+    """Best-of-n at every size asked for, and beside it the tuned model, where there is one, on the same prompts."""
     reward = next(iter(plan.specs))
     sizes = sorted({1, *args.best_of})
-    n = len(picks[reward])
-    kl = float(np.mean(tuned.kl))
-    at_equal = compare_at_equal_kl(picks[reward], np.array(tuned.scores[reward][:n]), kl, sizes, args.seed)
-    return measure_best_of_n(picks, sizes, reward, args.seed) | {"at_equal_kl": at_equal}
+    found = measure_best_of_n(picks, sizes, reward, args.seed) | {"at_equal_kl": None}
+    if tuned is not None:
+        scores = np.array(tuned.scores[reward][: len(picks[reward])])
+        kl = float(np.mean(tuned.kl))
+        found["at_equal_kl"] = compare_at_equal_kl(picks[reward], scores, kl, sizes, args.seed)
+    return found
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -278,6 +281,8 @@ def main(argv: list[str] | None = None) -> dict:
         results = compare(args, argv)
     except InputError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\neval.compare: interrupted; the same command goes on from the completions already written\n")
     for folder, result in results.items():
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(folder / "results.json", text)

@@ -89,6 +89,7 @@ def _of_runs(results: dict) -> Iterator[Picture]:
     for name in results["rewards"]:
         yield _runs(results, f"{label_of(results, name)}: mean", lambda m, name=name: m["rewards"][name]["mean"], name)
     yield _runs(results, "KL(tuned‖base), nats per sequence", lambda metrics: metrics["kl"], "kl")
+    yield _frontier(results)
 
 
 def _histogram(name: str, label: str, results: dict, value_of: Callable[[dict], float]) -> Picture:
@@ -129,58 +130,40 @@ def _score_against_kl(results: dict, name: str) -> Picture:
 
 
 def _frontier(results: dict) -> Picture:
+    """The first reward against KL: checkpoints joined in their order, or separate runs; best-of-n where it is known."""
     reward = next(iter(results["rewards"]))
+    models = results["runs"] if results["kind"] == "runs" else results["sweep"] or [{"name": "tuned", **results}]
+    kls = [model["metrics"]["kl"]["tuned"] for model in models]
+    means = [model["metrics"]["rewards"][reward]["mean"]["tuned"] for model in models]
     figure, axes = _subplots(10.4, 4.0)
-    points = [(run["name"], run["metrics"]) for run in results["sweep"] or [{"name": "tuned", **results}]]
-    kls = [metrics["kl"]["tuned"] for _, metrics in points]
-    means = [metrics["rewards"][reward]["mean"]["tuned"] for _, metrics in points]
-    x, y = [0.0, *(kl["mean"] for kl in kls)], [means_of_base(results, reward), *(mean["mean"] for mean in means)]
-    axes.plot(x, y, color=TUNED, linewidth=1, alpha=0.6)
-    axes.errorbar(
-        x[1:],
-        y[1:],
-        xerr=_reach(kls),
-        yerr=_reach(means),
-        fmt="o",
-        markersize=4,
-        color=TUNED,
-        label="tuned",
-        elinewidth=1,
-    )
-    for (name, _), kl, mean in zip(points, x[1:], y[1:], strict=True):
-        axes.annotate(name, (kl, mean), xytext=(4, -10), textcoords="offset points", fontsize=7)
-    described = [
-        f"{name} at KL {kl:.2f} scores {mean:.3f}" for (name, _), kl, mean in zip(points, x[1:], y[1:], strict=True)
-    ]
+    if results["kind"] == "comparison":
+        start = results["metrics"]["rewards"][reward]["mean"]["base"]["mean"]  # where every run begins, at a KL of 0
+        path = [(0.0, start), *((kl["mean"], mean["mean"]) for kl, mean in zip(kls, means, strict=True))]
+        axes.plot(*zip(*path, strict=True), color=TUNED, linewidth=1, alpha=0.6)
+    places = _points(axes, kls, means, [model["name"] for model in models], "o", TUNED, "tuned", (5, -10))
     if results["best_of_n"]:
-        best = results["best_of_n"]["points"]
-        scores = [point["rewards"][reward] for point in best]
-        bounds = [point["kl"] for point in best]
-        means_of_best = [score["mean"] for score in scores]
-        axes.errorbar(bounds, means_of_best, yerr=_reach(scores), fmt="s--", markersize=4, color=OTHER, linewidth=1)
-        axes.plot([], [], "s--", color=OTHER, markersize=4, label="best-of-n of the base")
-        for point, score in zip(best, means_of_best, strict=True):
-            axes.annotate(
-                f"n={point['n']}",
-                (point["kl"], score),
-                xytext=(-6, 2),
-                textcoords="offset points",
-                fontsize=7,
-                ha="right",
-            )
-            described.append(f"best of {point['n']} at KL {point['kl']:.2f} scores {score:.3f}")
+        points = results["best_of_n"]["points"]
+        bounds = [dict.fromkeys(("mean", "low", "high"), point["kl"]) for point in points]
+        scores = [point["rewards"][reward] for point in points]
+        names = [f"n={point['n']}" for point in points]
+        places += _points(axes, bounds, scores, names, "s--", OTHER, "best-of-n of the base", (-6, 2))
     axes.set(xlabel="KL to the base, nats per sequence", ylabel=f"{label_of(results, reward)}: mean")
     axes.legend()
-    caption = f"{label_of(results, reward)} against KL: " + (
-        "the checkpoints" if results["sweep"] else "the tuned model"
+    what = "the runs" if results["kind"] == "runs" else "the checkpoints" if results["sweep"] else "the tuned model"
+    what += " and best-of-n of the base" if results["best_of_n"] else ""
+    return _picture(figure, "frontier", f"{label_of(results, reward)} against KL: {what}", "; ".join(places) + ".")
+
+
+def _points(axes, kls: list[dict], means: list[dict], names: list[str], mark: str, colour: str, label: str, offset):
+    """Draws named points with their intervals; returns where each is, in words."""
+    x, y = [kl["mean"] for kl in kls], [mean["mean"] for mean in means]
+    axes.errorbar(
+        x, y, xerr=_reach(kls), yerr=_reach(means), fmt=mark, markersize=4, color=colour, linewidth=1, label=label
     )
-    caption += " and best-of-n of the base" if results["best_of_n"] else ""
-    return _picture(figure, "frontier", caption, "; ".join(described) + ".")
-
-
-def means_of_base(results: dict, reward: str) -> float:
-    """The base's mean score: where every run starts, at a KL of 0."""
-    return results["metrics"]["rewards"][reward]["mean"]["base"]["mean"]
+    side = "left" if offset[0] > 0 else "right"
+    for at_x, at_y, name in zip(x, y, names, strict=True):
+        axes.annotate(name, (at_x, at_y), xytext=offset, textcoords="offset points", fontsize=7, ha=side)
+    return [f"{name} at KL {at_x:.2f} scores {at_y:.3f}" for at_x, at_y, name in zip(x, y, names, strict=True)]
 
 
 def _training(training: dict) -> Picture:

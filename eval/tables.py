@@ -78,7 +78,11 @@ def title_of(results: dict) -> str:
 def tables(results: dict) -> list[Table]:
     """Every table of the report, the metrics first."""
     if results["kind"] == "runs":
-        return [runs_table(results), *_pairs_tables(results)]
+        return [
+            runs_table(results),
+            *([best_of_table(results)] if results["best_of_n"] else []),
+            *_pairs_tables(results),
+        ]
     header = ["metric", "base", "tuned", "tuned − base", "n"]
     found = [Table("Figures", METRICS_NOTE, header, [list(row) for row in table_rows(results)])]
     if results["sweep"]:
@@ -119,8 +123,9 @@ def best_of_table(results: dict) -> Table:
         [f"best of {point['n']}", f"≤ {point['kl']:.2f}", *(estimate_text(point["rewards"][name]) for name in names)]
         for point in found["points"]
     ]
-    tuned = [estimate_text(found["at_equal_kl"]["tuned"]) if name == found["reward"] else NONE for name in names]
-    rows.append(["tuned, on the same prompts", f"{found['at_equal_kl']['kl']:.2f}", *tuned])
+    if found["at_equal_kl"]:
+        tuned = [estimate_text(found["at_equal_kl"]["tuned"]) if name == found["reward"] else NONE for name in names]
+        rows.append(["tuned, on the same prompts", f"{found['at_equal_kl']['kl']:.2f}", *tuned])
     header = ["", "KL, nats", *(f"{label_of(results, name)}: mean" for name in names)]
     return Table("Best-of-n", BEST_OF_NOTE.format(**found), header, rows)
 
@@ -135,7 +140,7 @@ def sentences(results: dict) -> list[str]:
         f"{estimate_text(length['difference'], '+')} tokens, the share of distinct trigrams by "
         f"{estimate_text(trigrams['difference'], '+')}."
     )
-    if results.get("best_of_n"):
+    if results["best_of_n"] and results["best_of_n"]["at_equal_kl"]:
         found.append(verdict_sentence(results["best_of_n"]["at_equal_kl"], results["best_of_n"]["reward"]))
     return found
 

@@ -92,4 +92,9 @@ def make_runs_results(n: int = 20) -> dict:
         metrics = measure({"base": base, "tuned": tuned}, 0)
         model = {"path": f"runs/seeds/{seed}", "sha256": None}
         runs.append({"name": f"seed-{seed}", "step": None, "model": model, "metrics": metrics})
-    return _run(rng, n) | {"kind": "runs", "runs": runs, "over_runs": summarise_runs(runs)}
+    return _run(rng, n) | {
+        "kind": "runs",
+        "runs": runs,
+        "over_runs": summarise_runs(runs),
+        "best_of_n": None,
+    }

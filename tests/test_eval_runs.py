@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(batches, 
     unbroken, _ = run(*options, output=tmp_path / "unbroken")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, batches)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(*options)
     assert not (tmp_path / "out" / "results.json").exists()
     with pytest.MonkeyPatch.context() as patch:
@@ -130,7 +130,7 @@ def test_a_torn_line_of_completions_is_made_again(torn, run, run_folder, tmp_pat
     unbroken, _ = run(*options, output=tmp_path / "unbroken")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(*options)
     file = tmp_path / "out" / COMPLETIONS / "base.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
@@ -217,7 +217,7 @@ def test_several_runs_share_a_table_with_the_mean_over_runs_and_have_reports_of_
     table = tmp_path / "table.md"
     table.write_text("not a run")
     runs = [str(run_folder), str(run_folder / "checkpoint-9"), str(run_folder / "checkpoint-10"), str(table)]
-    together, output = run("--runs", *runs)
+    together, output = run("--runs", *runs, "--best_of", "2", "--best_of_prompts", "3")
     assert [each["name"] for each in together["runs"]] == ["ppo", "checkpoint-9", "checkpoint-10"]
     means = [each["metrics"]["rewards"]["letters"]["mean"]["tuned"]["mean"] for each in together["runs"]]
     summary = together["over_runs"]["rewards"]["letters"]["mean"]
@@ -226,6 +226,7 @@ def test_several_runs_share_a_table_with_the_mean_over_runs_and_have_reports_of_
     for each in together["runs"]:
         own = json.loads((output / "runs" / each["name"] / "results.json").read_text())
         assert own["metrics"] == each["metrics"]
+        assert own["best_of_n"]["points"] == together["best_of_n"]["points"]
         assert (output / "runs" / each["name"] / "report.html").is_file()
     alone, _ = run("--tuned", runs[1], output=tmp_path / "alone")
     assert alone["metrics"] == together["runs"][1]["metrics"]
