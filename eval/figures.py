@@ -101,20 +101,20 @@ def _histogram(name: str, label: str, results: dict, value_of: Callable[[dict], 
         axes.stairs(counts, edges, label=role, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
         axes.stairs(counts, edges, fill=True, color=style["color"], alpha=0.25)
     axes.set(xlabel=label, ylabel="samples")
-    axes.legend()
+    _legend(figure)
     means = ", ".join(f"{role} mean {np.mean(values[role]):z.3f}" for role in SERIES)
     description = f"Histograms of {label} for base and tuned, n = {len(results['samples'])}: {means}."
     return _picture(figure, name, f"{label}: base and tuned", description)
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
-    """At most 40 bins by NumPy's own rule; whole numbers get bins of whole width, centred on them."""
+    """√n bins, at most 40, whatever the outliers; whole numbers get bins of whole width, centred on them."""
     low, high = values.min(), values.max()
     if (values == np.round(values)).all() and high - low <= 10_000:
         step = int(np.ceil((high - low + 1) / 40))
         return np.arange(low - 0.5, high + step + 0.5, step)
-    edges = np.histogram_bin_edges(values, "auto")
-    return edges if len(edges) <= 41 else np.linspace(low, high, 41)
+    margin = 0.5 if low == high else 0
+    return np.linspace(low - margin, high + margin, min(40, int(np.ceil(len(values) ** 0.5))) + 1)
 
 
 def _score_against_kl(results: dict, name: str) -> Picture:
@@ -148,7 +148,7 @@ def _frontier(results: dict) -> Picture:
         names = [f"n={point['n']}" for point in points]
         places += _points(axes, bounds, scores, names, "s--", OTHER, "best-of-n of the base", (-6, 2))
     axes.set(xlabel="KL to the base, nats per sequence", ylabel=f"{label_of(results, reward)}: mean")
-    axes.legend()
+    _legend(figure)
     what = "the runs" if results["kind"] == "runs" else "the checkpoints" if results["sweep"] else "the tuned model"
     what += " and best-of-n of the base" if results["best_of_n"] else ""
     return _picture(figure, "frontier", f"{label_of(results, reward)} against KL: {what}", "; ".join(places) + ".")
@@ -168,9 +168,9 @@ def _points(axes, kls: list[dict], means: list[dict], names: list[str], mark: st
 
 def _training(training: dict) -> Picture:
     curves = training["curves"]
-    columns = min(4, len(curves))
+    columns = 4
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(2.4 * columns, 1.9 * rows))
+    figure = Figure(figsize=(10.4, 2.0 * rows))
     for index, (name, points) in enumerate(curves.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.plot(*zip(*points, strict=True), color=TUNED, linewidth=1.2)
@@ -200,9 +200,9 @@ def _runs(results: dict, label: str, metric_of: Callable[[dict], dict], name: st
     if together["base"] is not None:
         axes.axvline(together["base"]["mean"], color=BASE, linestyle="--", linewidth=1, label="base")
     axes.set_yticks(range(len(runs)), [run["name"] for run in runs])
-    axes.invert_yaxis()
+    axes.set_ylim(len(runs) - 0.5, -0.5)  # the first on top
     axes.set_xlabel(label)
-    axes.legend(fontsize=7)
+    _legend(figure)
     each = "; ".join(f"{run['name']} {estimate_text(found)}" for run, found in zip(runs, estimates, strict=True))
     return _picture(figure, f"runs-{name}", f"{label}, a run a row", f"{label} of each run: {each}.")
 
@@ -225,7 +225,7 @@ def _calibration(results: dict) -> list[Picture]:
         )
         described.append(f"{name}: " + ", ".join(f"{a:.2f} implied {b:.2f} right" for a, b in zip(x, y, strict=True)))
     axes.set(xlabel="chance that the margin implies", ylabel="share ordered rightly", ylim=(0, 1.02))
-    axes.legend()
+    _legend(figure)
     caption = "Judged pairs: how often the reward is right, against how sure it is (the line: calibrated)"
     return [_picture(figure, "calibration", caption, "; ".join(described) + ".")]
 
@@ -238,6 +238,10 @@ def _picture(figure: Figure, name: str, caption: str, description: str) -> Pictu
 def _subplots(width: float = 5.2, height: float = 2.8) -> tuple[Figure, object]:
     figure = Figure(figsize=(width, height))
     return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside upper right", ncols=3)  # where it hides nothing
 
 
 def _reach(estimates: list[dict]) -> np.ndarray:

@@ -111,7 +111,10 @@ def write_report(results_path: Path) -> list[Path]:
     from eval.page import render_page  # here, because importing matplotlib takes a second
 
     results = read_results(results_path)
-    rendered = {"report.md": render(results), "report.html": render_page(results)}
+    try:
+        rendered = {"report.md": render(results), "report.html": render_page(results)}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ReportError(f"{results_path} is not whole: {type(error).__name__} {error}") from error
     for name, text in rendered.items():
         write_atomically(results_path.with_name(name), text)
     return [results_path.with_name(name) for name in rendered]

@@ -533,7 +533,7 @@ def test_a_metric_without_a_value_shows_a_dash(finished):
     assert rows["share of distinct trigrams"][1:] == ["–", "–", "–", "12"]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 99}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 99}', '{"schema_version": 2}'])
 def test_a_results_file_that_cannot_be_read_ends_in_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "results.json").write_text(content)

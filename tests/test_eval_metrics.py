@@ -131,6 +131,23 @@ def test_perplexity_is_that_of_the_models_own_loss(path, request, tokenizer):
     assert found["base"]["mean"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
+def test_log_probabilities_need_the_memory_of_one_batch_and_do_not_depend_on_it(gpt2_path):
+    rng = np.random.default_rng(0)
+    prompts, completions = ([rng.integers(2, 200, n).tolist() for n in rng.integers(1, 25, 23)] for _ in range(2))
+    scorer = add_scoring_forward(loading.load_model(gpt2_path), 1.0)
+    shapes = []
+    scorer.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    together = generation.sequence_logprobs(scorer, prompts, completions, 0, settings(batch_size=5), "")
+    assert [rows for rows, _ in shapes] == [5, 5, 5, 5, 3]
+    tokens = sum(map(len, prompts)) + sum(map(len, completions))
+    padded = sum(rows * width for rows, width in shapes)
+    assert padded < 1.5 * tokens  # 1.61 in the order given
+    alone = generation.sequence_logprobs(scorer, prompts, completions, 0, settings(batch_size=1), "")
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
 # --- Best-of-n --------------------------------------------------------------------------------------------------
 
 

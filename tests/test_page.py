@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from page_results import HOSTILE, make_results, make_runs_results
 
@@ -154,6 +155,14 @@ def test_every_picture_has_a_description_a_caption_and_colours_of_the_page_only(
             re.findall(r"(?:fill|stroke): (\w+)", picture.svg)
         )
         assert colours <= {"none", "currentColor", "var"}, picture.name
+
+
+@pytest.mark.parametrize("values", [[0.25] * 40, [7.0] * 40, [1e-9 * i for i in range(39)] + [1e9], range(40)])
+def test_a_histogram_counts_every_sample_once_in_few_bins_whatever_the_values(values):
+    edges = figures._edges(np.array(values, dtype=float))
+    assert 2 <= len(edges) <= 41
+    assert np.histogram(values, edges)[0].sum() == 40
+    assert (np.diff(edges) > 0).all()
 
 
 def test_the_same_results_give_the_same_page(results, rendered):
