@@ -26,6 +26,7 @@ LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, and those that reorder text
 # Whatever Markdown or HTML could act upon inside a line. Underscores within a word are inert and stay readable.
 MARKUP = re.compile(r"[&<>\\`*\[\]|~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+INTERVAL = re.compile(r"&#91;([-+.\d]+, [-+.\d]+)&#93;")
 
 
 class ReportError(Exception):
@@ -51,7 +52,7 @@ def code(text: str) -> str:
 
 def render(results: dict) -> str:
     """The whole report as Markdown."""
-    blocks = [f"# {escape(title_of(results))}", "\n".join(f"- {escape(text)}" for text in sentences(results))]
+    blocks = [f"# {escape(title_of(results))}", "\n".join(f"- {_readable(text)}" for text in sentences(results))]
     for table in tables(results):
         blocks += [f"## {escape(table.title)}", _markdown_table(table), escape(table.note)]
     blocks += [
@@ -121,7 +122,12 @@ def write_report(results_path: Path) -> list[Path]:
 
 
 def _markdown_table(table: Table) -> str:
-    return _lines([[escape(cell) for cell in row] for row in [table.header, *table.rows]])
+    return _lines([[_readable(cell) for cell in row] for row in [table.header, *table.rows]])
+
+
+def _readable(text: str) -> str:
+    """`text` escaped, but for the brackets of intervals, which are inert and would be hard to read in the source."""
+    return INTERVAL.sub(r"[\1]", escape(text))
 
 
 def _lines(rows: list[list[str]]) -> str:

@@ -375,6 +375,7 @@ def test_a_lora_adapter_compares_like_the_model_it_merges_into(run, gpt2_path, t
     merged, _ = run(str(tmp_path / "merged"))
     assert adapter["metrics"]["kl"]["tuned"]["mean"] != 0
     assert adapter["samples"] == merged["samples"]
+    assert adapter["models"]["tuned"]["adapter_of"] == adapter["models"]["base"]
 
 
 def test_cut_prompts_begin_the_originals_at_lengths_that_only_seed_and_index_decide(tokenizer):
