@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint
+.PHONY: demo test lint browser-test
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,13 @@ export TOKENIZERS_PARALLELISM = false
 
 test: .venv/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The report in a real browser; Debian's is installed where there is none.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+browser-test: .venv/.installed
+	test -x /usr/bin/chromium && test -x /usr/bin/chromedriver || { $(SUDO) apt-get update && \
+		$(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver; }
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 REQUIRE_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,91 +1,77 @@
 """Compare a base model with its tuned one on the same prompts, drawn with the same seeds.
 
     python -m eval.compare --base openai-community/gpt2 --tuned runs/tuned --prompts data/toy_reviews/prompts \\
-        --reward lexicon=data_prep.toy_reviews:lexicon_score --reward judge=runs/reward#POSITIVE --output runs/eval
+        --reward lexicon=data_prep.toy_reviews:lexicon_score --judge other=runs/judge#POSITIVE --output runs/eval
 
-writes `results.json` and, rendered from it alone, `report.md`: every reward before and after, KL(tuned‖base),
-completion length, missing EOS and distinct trigrams, each with n and a 95 % interval, and samples paired by index.
+writes `results.json` and, rendered from it alone, `report.md` and `report.html`: every reward before and after, KL,
+length, repetition, perplexity, ROUGE where there are references, each with n and a 95 % interval; pictures, samples.
+
+`--runs` compares several tuned models with the base and puts them in one table, mean ± over runs; `--sweep` does so
+with the checkpoints of one run; `--best_of` adds best-of-n of the base; `--pairs` measures how well the rewards order
+judged pairs. eval/README.md explains each figure.
 
 A reward is `NAME=module:function` (TRL's signature, `f(prompts, completions, **columns) -> list[float]`) or
-`NAME=classifier`, a sequence classifier's folder or Hub id, with `#LABEL` to choose one of its labels.
-Bad input ends in one line on stderr and exit status 2, and nothing is written.
+`NAME=classifier`, a sequence classifier's folder or Hub id, with `#LABEL` to choose one of its labels. A judge is a
+reward that training never saw. Completions are kept in `completions/` as they come: the same command, run again after
+a stop, goes on from them. Bad input ends in one line on stderr and exit status 2, and no results are written.
 """
 
 import argparse
 import hashlib
-import importlib
 import json
-import math
-import os
-import platform
-import re
-import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from eval.intervals import compare_pairs, distinct_trigrams, interval
+from eval.best_of_n import compare_at_equal_kl, measure_best_of_n
+from eval.generation import CompletionLog, generate, sequence_logprobs
 from eval.loading import (
     InputError,
     OneLineParser,
     at_least,
-    check_exists,
     check_model,
-    cut_after_eos,
-    first_line,
+    check_vocabulary,
+    generation_config,
     load_model,
     load_tokenizer,
-    positions_of,
     positive,
-    set_stop_ids,
     stop_ids,
 )
+from eval.metrics import Samples, describe_samples, measure, rouge_scores, summarise_runs
+from eval.pairs import load_pairs, measure_pairs
+from eval.prompts import Prompts, check_lengths, cut_prompts, load_prompts
+from eval.provenance import (
+    describe_hardware,
+    describe_model,
+    describe_run,
+    describe_versions,
+    peak_memory,
+)
 from eval.report import SCHEMA_VERSION, print_table, write_atomically, write_report
-
-ROOT = Path(__file__).resolve().parent.parent
-ROLES = ("base", "tuned")
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-REWARD_NAME = re.compile(r"[\w.-]+")
-WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
-NOT_COLUMNS = {"prompts", "completion", "completions", "completion_ids"}  # names that a reward gets from elsewhere
-LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft", "scipy")
-
-Reward = Callable[..., list[float]]
+from eval.scores import Reward, RewardSpec, load_rewards, parse_rewards, score
+from eval.targets import Target, check_output, find_targets
+from eval.training import read_curves
 
 
 @dataclass
-class Prompts:
-    """The prompts used, as text (n,) and as token ids, and the other columns of their rows, each (n,)."""
+class Plan:
+    """What a comparison needs besides the models' weights, all of it checked."""
 
-    texts: list[str]
-    columns: dict[str, list]
-    ids: list[list[int]] = field(default_factory=list)
-
-
-@dataclass
-class Samples:
-    """One model's completions, one for each prompt: token ids, text, whether they ended in EOS, scores by reward."""
-
-    ids: list[list[int]]
-    texts: list[str]
-    ended: list[bool]
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    kl: list[float] | None = None  # nats per sequence, against the base
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Input
-# --------------------------------------------------------------------------------------------------------------
+    targets: list[Target]
+    configs: dict[str, object]  # by path, the base's too
+    specs: dict[str, RewardSpec]
+    rewards: dict[str, Reward]
+    prompts: Prompts
+    tokenizer: object
+    eos: list[int]
+    pairs: tuple | None
+    sources: dict[str, dict]  # by path: the models' hashes
+    few: Prompts | None  # the prompts of best-of-n, each N times
+    logs: dict[str, CompletionLog]  # "base", "best_of", and "tuned/…" by the target's name
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,388 +79,201 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="eval.compare", description="Compare a base model with its tuned one.")
     add = parser.add_argument
     add("--base", required=True, help="folder or Hub id of the model before tuning")
-    add("--tuned", required=True, help="folder or Hub id of the tuned model; a LoRA adapter's works too")
+    tuned = parser.add_mutually_exclusive_group(required=True)
+    tuned.add_argument("--tuned", help="folder or Hub id of the tuned model; a LoRA adapter's works too")
+    tuned.add_argument("--runs", nargs="+", metavar="RUN", help="several tuned models, in one table; files are skipped")
+    tuned.add_argument("--sweep", type=Path, metavar="RUN", help="every checkpoint of one run, and its final model")
     add("--prompts", required=True, help="folder, JSONL file or Hub id of the prompts")
     add("--reward", action="append", required=True, metavar="NAME=SPEC", help="module:function or classifier[#LABEL]")
-    add("--output", type=Path, required=True, help="folder for results.json and report.md")
+    add("--judge", action="append", default=[], metavar="NAME=SPEC", help="a reward that training never saw")
+    add("--output", type=Path, required=True, help="folder for results.json, report.md and report.html")
     add("--n_prompts", type=at_least(2), default=512, help="the first so many prompts (default 512)")
     add("--max_new_tokens", type=at_least(1), default=24)
     add("--temperature", type=positive, default=1.0)
     add("--seed", type=at_least(0), default=0)
     add("--batch_size", type=at_least(1), default=64)
     add("--prompt_column", default="prompt")
+    add("--reference_column", help="column of reference texts, for ROUGE")
     add("--prompt_tokens", type=at_least(1), nargs=2, metavar=("MIN", "MAX"), help="cut prompts at random lengths")
     add("--split", default="test")
-    add("--n_samples", type=at_least(0), default=5, help="samples shown in the report (default 5)")
+    add("--best_of", type=at_least(1), nargs="+", metavar="N", help="also best-of-N of the base by the first reward")
+    add("--best_of_prompts", type=at_least(2), default=64, help="the first so many prompts for it (default 64)")
+    add("--pairs", metavar="DATA", help="judged pairs (chosen, rejected, perhaps prompt): how well rewards order them")
+    add("--n_pairs", type=at_least(2), default=1000, help="the first so many pairs (default 1000)")
+    add("--n_samples", type=at_least(0), default=5, help="samples shown in report.md (default 5)")
     add("--overwrite", action="store_true", help="replace the results already in --output")
     return parser
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """InputError if the results cannot be written to `folder`, or would replace others unasked."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--output {folder}: {existing} is not a folder that can be written to")
-    if (folder / "results.json").exists() and not overwrite:
-        raise InputError(f"--output {folder} already has a results.json; give another folder or --overwrite")
+# --- Before a model loads ---------------------------------------------------------------------------------------
 
 
-def load_prompts(source: str, split: str, column: str, n: int) -> Prompts:
-    """The first `n` rows, in order, fewer if there are fewer; InputError if two non-empty texts cannot be had."""
-    check_exists("--prompts", source)
-    files = {"path": "json", "data_files": {split: source}} if Path(source).is_file() else {"path": source}
-    try:
-        rows = datasets.load_dataset(**files, split=split)
-    except StopIteration as error:  # what datasets raises for a file without a single row
-        raise InputError(f"--prompts {source}: split {split} is empty") from error
-    except Exception as error:  # whatever a loader of foreign files may raise, its cause says more
-        raise InputError(f"--prompts {source}: {first_line(error.__cause__ or error)}") from error
-    if column not in rows.column_names:
-        raise InputError(f"--prompts {source}: no column {column!r}; there are {', '.join(rows.column_names)}")
-    rows = rows.select(range(min(n, len(rows))))
-    if len(rows) < 2:
-        raise InputError(f"--prompts {source}: split {split} has {len(rows)} rows; an interval needs at least 2")
-    texts = list(rows[column])
-    for index, text in enumerate(texts):
-        if not isinstance(text, str) or not text:
-            raise InputError(f"--prompts {source}: {column!r} of row {index} is not a text or is empty")
-    others = [name for name in rows.column_names if name != column and name not in NOT_COLUMNS]
-    return Prompts(texts, {name: list(rows[name]) for name in others})
-
-
-def cut_prompts(texts: list[str], tokenizer, low: int, high: int, seed: int) -> list[str]:
-    """Each text's first k tokens as text, k uniform in low..high; text i's k depends on `seed` and i alone."""
-    rng = np.random.default_rng(seed)
-    lengths = [int(rng.integers(low, high + 1)) for _ in texts]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [tokenizer.decode(row[:length]) for row, length in zip(ids, lengths, strict=True)]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Rewards
-# --------------------------------------------------------------------------------------------------------------
-
-
-def parse_rewards(options: list[str]) -> dict[str, str]:
-    """`NAME=SPEC` options as a dict, in order; InputError for a malformed or repeated one."""
-    specs: dict[str, str] = {}
-    for option in options:
-        name, _, spec = option.partition("=")
-        if not REWARD_NAME.fullmatch(name) or not spec or spec.startswith("#"):
-            raise InputError(f"--reward {option}: expected NAME=module:function or NAME=classifier[#LABEL]")
-        if name in specs:
-            raise InputError(f"--reward {option}: the name {name!r} is taken by {specs[name]}")
-        specs[name] = spec
-    return specs
-
-
-def load_rewards(specs: dict[str, str]) -> dict[str, Reward]:
-    """The reward functions by name, cheap ones first checked; InputError if one cannot be had."""
-    functions = {name: load_function(name, spec) for name, spec in specs.items() if FUNCTION.fullmatch(spec)}
-    for name, spec in specs.items():
-        if name not in functions:
-            check_exists(f"--reward {name}:", spec.partition("#")[0])
-    return {name: functions.get(name) or load_classifier(name, spec) for name, spec in specs.items()}
-
-
-def load_function(name: str, spec: str) -> Reward:
-    """`module:function`, imported."""
-    module_name, _, function_name = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--reward {name}: cannot import {spec}: {first_line(error)}") from error
-    if not callable(function):
-        raise InputError(f"--reward {name}: {spec} is not a function")
-    return function
-
-
-def load_classifier(name: str, spec: str) -> Reward:
-    """`path[#LABEL]` as a RewardModel."""
-    from rewards import RewardModel
-
-    path, _, label = spec.partition("#")
-    try:
-        return RewardModel(path, label=label or None)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--reward {name}: cannot use {spec}: {first_line(error)}") from error
-
-
-def score(name: str, reward: Reward, prompts: Prompts, samples: Samples, batch_size: int) -> list[float]:
-    """The reward's score of every sample (n,); InputError unless it gives one finite number for each."""
-    scores: list[float] = []
-    for rows in batches(len(prompts.texts), batch_size, f"score {name}"):
-        columns = {key: values[rows] for key, values in prompts.columns.items()}
-        texts = samples.texts[rows]
-        given = reward(prompts=prompts.texts[rows], completions=texts, completion_ids=samples.ids[rows], **columns)
-        given = [] if given is None else list(given)
-        if len(given) != len(texts):
-            raise InputError(
-                f"reward {name} returned {len(given)} scores for {len(texts)} completions, from sample {rows.start}"
-            )
-        for index, value in enumerate(given, rows.start):
-            if not is_finite_number(value):
-                raise InputError(f"reward {name} returned {value} for sample {index}; it must be a finite number")
-            scores.append(float(value))
-    return scores
-
-
-def is_finite_number(value) -> bool:
-    """Whether `value` converts to a finite float: TRL's None (no opinion) does not, as a mean needs every sample."""
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Models
-# --------------------------------------------------------------------------------------------------------------
-
-
-def check_vocabulary(models: dict, tokenizer, tuned_path: str) -> None:
-    """InputError unless the base can score the tuned model's tokens: same count, same meaning."""
-    base, tuned = (models[role].config.vocab_size for role in ROLES)
-    if base != tuned:
-        raise InputError(f"base has {base} tokens and tuned {tuned}: KL needs one vocabulary")
-    if (Path(tuned_path) / "tokenizer.json").is_file():
-        theirs = load_tokenizer(tuned_path).get_vocab()
-        changed = next((token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index), None)
-        if changed is not None:
-            raise InputError(f"base and tuned number the token {changed!r} differently: KL needs one vocabulary")
-
-
-def check_lengths(prompts: Prompts, models: dict, max_new_tokens: int) -> None:
-    """InputError for a prompt without tokens, or one too long for the models' positions."""
-    room = min(positions_of(models[role]) for role in ROLES)
-    for index, ids in enumerate(prompts.ids):
-        if not ids:
-            raise InputError(f"prompt {index} has no tokens")
-        if len(ids) + max_new_tokens > room:
-            raise InputError(
-                f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that is over the models' "
-                f"{room} positions (--prompt_tokens cuts prompts)"
-            )
-
-
-def generate(model, tokenizer, prompt_ids: list[list[int]], eos: list[int], settings, title: str) -> list[list[int]]:
-    """One completion for each prompt, up to and including its first EOS; batch b is drawn with seed + b."""
-    from scoring import pad_batch
-
-    set_stop_ids(model, tokenizer, eos)
-    completions: list[list[int]] = []
-    for number, rows in enumerate(batches(len(prompt_ids), settings.batch_size, f"generate {title}")):
-        batch = pad_batch(prompt_ids[rows], [[]] * len(prompt_ids[rows]), tokenizer.pad_token_id)
-        torch.manual_seed(settings.seed + number)
-        sequences = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=True,
-            temperature=settings.temperature,
-            top_k=0,
-            top_p=1.0,
-        )
-        new_tokens = sequences[:, batch["input_ids"].size(1) :].tolist()
-        completions += [cut_after_eos(ids, eos) for ids in new_tokens]
-    return completions
-
-
-def sequence_kl(
-    models: dict, prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_id: int, settings
-) -> list[float]:
-    """Σ_t log π_tuned(y_t) − log π_base(y_t) of each completion (n,), in nats, at the sampling temperature.
-
-    Its mean over the tuned model's own samples estimates KL(tuned‖base) per sequence. Teaches both models to score,
-    in place.
-    """
-    from scoring import add_scoring_forward, pad_batch
-
-    for role in ROLES:
-        add_scoring_forward(models[role], settings.temperature)
-    log_ratios: list[float] = []
-    for rows in batches(len(prompt_ids), settings.batch_size, "KL"):
-        batch = pad_batch(prompt_ids[rows], completion_ids[rows], pad_id)
-        width = batch.pop("completion_mask").size(1)
-        with torch.no_grad():
-            base, tuned = (log_probs(models[role], batch, width) for role in ROLES)
-        log_ratios += (tuned - base).sum(1).tolist()
-    return log_ratios
-
-
-def log_probs(model, batch: dict[str, torch.Tensor], width: int) -> torch.Tensor:
-    """The log-probabilities of the last `width` tokens (B, width) in float64, 0 where they are padding."""
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    return model(**inputs, num_completion_tokens=width).log_probs.double().cpu()
-
-
-def batches(n: int, size: int, title: str) -> Iterator[slice]:
-    """The slices of at most `size` rows that cover n rows, under a progress bar of rows."""
-    with tqdm(total=n, desc=title, unit="sample") as bar:
-        for start in range(0, n, size):
-            rows = slice(start, min(start + size, n))
-            yield rows
-            bar.update(rows.stop - rows.start)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Results
-# --------------------------------------------------------------------------------------------------------------
-
-
-def measure(samples: dict[str, Samples], seed: int) -> dict:
-    """All metrics, each as `{"base", "tuned", "difference"}` of estimates; see eval/intervals.py."""
-    base, tuned = (samples[role] for role in ROLES)
-
-    def compare(values: Callable[[Samples], Iterable], statistic=np.mean) -> dict:
-        return compare_pairs(*(np.array(values(side), dtype=float) for side in (base, tuned)), statistic, seed)
-
-    return {
-        "rewards": {
-            name: {
-                "mean": compare(lambda side, name=name: side.scores[name]),
-                "median": compare(lambda side, name=name: side.scores[name], np.median),
-                "share_positive": compare(lambda side, name=name: [score > 0 for score in side.scores[name]]),
-            }
-            for name in base.scores
-        },
-        "kl": {"base": None, "tuned": interval(tuned.kl, seed=seed), "difference": None},
-        "length": compare(lambda side: [len(ids) for ids in side.ids]),
-        "missing_eos": compare(lambda side: [not ended for ended in side.ended]),
-        "distinct_trigrams": distinct_trigrams(base.texts, tuned.texts),
-    }
-
-
-def describe_samples(prompts: Prompts, samples: dict[str, Samples]) -> list[dict]:
-    """All prompts with both models' completions and scores, by index."""
-
-    def side(samples: Samples, index: int) -> dict:
-        return {
-            "completion": samples.texts[index],
-            "tokens": len(samples.ids[index]),
-            "ended": samples.ended[index],
-            "scores": {name: scores[index] for name, scores in samples.scores.items()},
-            "kl": None if samples.kl is None else samples.kl[index],
-        }
-
-    return [
-        {"index": index, "prompt": text, **{role: side(samples[role], index) for role in ROLES}}
-        for index, text in enumerate(prompts.texts)
-    ]
-
-
-def describe_source(path: str) -> dict:
-    """A model's path and, if it is a local folder, the SHA-256 over the names and contents of its weight files."""
-    folder = Path(path)
-    files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return {"path": path, "sha256": digest.hexdigest() if files else None}
-
-
-def describe_hardware() -> dict:
-    """The CPU's model, the threads torch uses, and the GPU's name or None."""
-    try:
-        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        cpu = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    name = cpu[1] if cpu else platform.processor() or platform.machine()
-    return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def git_commit(root: Path = ROOT) -> str | None:
-    """The project's commit, with `-dirty` if anything differs from it; None if `root` is not a repository's top."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def describe_run(args, argv: list[str], specs: dict[str, str], prompts: Prompts) -> dict:
-    """What produced the results: command, settings, sources with hashes, versions, hardware, commit."""
-    settings = ("n_prompts", "max_new_tokens", "temperature", "batch_size", "prompt_tokens", "n_samples")
-    return {
-        "command": f"python -m eval.compare {shlex.join(argv)}",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": args.seed,
-        "settings": {name: getattr(args, name) for name in settings} | {"dtype": "float32"},
-        "prompts": {
-            "source": args.prompts,
-            "split": args.split,
-            "column": args.prompt_column,
-            "n": len(prompts.texts),
-            "sha256": hashlib.sha256(json.dumps(prompts.texts).encode()).hexdigest(),
-        },
-        "models": {role: describe_source(getattr(args, role)) for role in ROLES},
-        "rewards": {name: describe_source(spec.partition("#")[0]) | {"path": spec} for name, spec in specs.items()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        "hardware": describe_hardware(),
-        "git_commit": git_commit(),
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The comparison
-# --------------------------------------------------------------------------------------------------------------
-
-
-def compare(args, argv: list[str]) -> dict:
-    """The results of one comparison, ready for JSON; InputError for whatever the user must mend."""
-    started = time.perf_counter()
-
-    # 1. Everything that can be wrong without a model.
-    check_output(args.output, args.overwrite)
-    specs = parse_rewards(args.reward)
+def make_plan(args) -> Plan:
+    """Everything that can be wrong without a model's weights; InputError for what is."""
+    targets = find_targets(args)
+    for folder in [args.output, *(run_folder(args, target.name) for target in targets)]:
+        check_output(folder, args.overwrite)
+    specs = parse_rewards(args.reward, args.judge)
     if args.prompt_tokens and args.prompt_tokens[0] > args.prompt_tokens[1]:
         raise InputError("--prompt_tokens {} {}: MIN is above MAX".format(*args.prompt_tokens))
-    for role in ROLES:
-        check_model(f"--{role}", getattr(args, role))
-    prompts = load_prompts(args.prompts, args.split, args.prompt_column, args.n_prompts)
+    configs = {args.base: check_model("--base", args.base)}
+    option = "--runs" if args.runs else "--sweep" if args.sweep else "--tuned"
+    for target in targets:
+        configs[target.path] = check_model(option, target.path)
+    prompts = load_prompts(args.prompts, args.split, args.prompt_column, args.n_prompts, args.reference_column)
+    pairs = load_pairs(args.pairs, args.split, args.n_pairs) if args.pairs else None
     tokenizer = load_tokenizer(args.base)
+    for target in targets:
+        check_vocabulary(configs[args.base], configs[target.path], tokenizer, target.path)
     if args.prompt_tokens:
         prompts.texts = cut_prompts(prompts.texts, tokenizer, *args.prompt_tokens, args.seed)
     prompts.ids = tokenizer(prompts.texts)["input_ids"]
-    rewards = load_rewards(specs)
+    check_lengths(prompts, configs.values(), args.max_new_tokens)
+    eos = stop_ids([generation_config(path, config) for path, config in configs.items()], tokenizer)
+    sources = {path: describe_model(path, config) for path, config in configs.items()}
+    few = prompts.first(args.best_of_prompts).repeat(max(args.best_of)) if args.best_of else None
+    logs = {
+        "base": completion_log(args, "base", sources[args.base], prompts, eos),
+        **({"best_of": completion_log(args, "best_of", sources[args.base], few, eos)} if few else {}),
+        **{
+            f"tuned/{each.name}": completion_log(args, f"tuned/{each.name}", sources[each.path], prompts, eos)
+            for each in targets
+        },
+    }
+    return Plan(targets, configs, specs, load_rewards(specs), prompts, tokenizer, eos, pairs, sources, few, logs)
 
-    # 2. Both models, which must be fit to be compared.
-    models = {role: load_model(getattr(args, role)) for role in ROLES}
-    check_vocabulary(models, tokenizer, args.tuned)
-    check_lengths(prompts, models, args.max_new_tokens)
-    eos = stop_ids(models.values(), tokenizer)
 
-    # 3. Completions and their scores.
-    samples: dict[str, Samples] = {}
-    for role in ROLES:
-        ids = generate(models[role], tokenizer, prompts.ids, eos, args, role)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        samples[role] = Samples(ids, texts, [row[-1] in eos for row in ids])
-        for name, reward in rewards.items():
-            samples[role].scores[name] = score(name, reward, prompts, samples[role], args.batch_size)
-    samples["tuned"].kl = sequence_kl(models, prompts.ids, samples["tuned"].ids, tokenizer.pad_token_id, args)
+def completion_log(args, name: str, source: dict, prompts: Prompts, eos: list[int]) -> CompletionLog:
+    """The file of a model's completions; its fingerprint is all that decides them. InputError if it has another."""
+    versions = describe_versions()
+    fingerprint = {
+        "model": source,
+        **{setting: getattr(args, setting) for setting in ("max_new_tokens", "temperature", "seed", "batch_size")},
+        "n": len(prompts.ids),
+        "prompts": hashlib.sha256(json.dumps(prompts.ids).encode()).hexdigest(),
+        "eos": eos,
+        "device": describe_hardware()["gpu"] or "cpu",
+        **{library: versions[library] for library in ("torch", "transformers")},
+    }
+    return CompletionLog(args.output / "completions" / f"{name}.jsonl", fingerprint, args.overwrite)
 
-    # 4. The figures.
+
+# --- The comparison ---------------------------------------------------------------------------------------------
+
+
+def compare(args, argv: list[str]) -> dict[Path, dict]:
+    """The results by the folder they belong in, the summary of several runs last; InputError for what to mend."""
+    started = time.perf_counter()
+    plan = make_plan(args)
+
+    # 1. The base, once for all.
+    scorer = load_scorer(args.base, args.temperature)
+    base = draw(scorer, plan, args, "base", plan.logs["base"])
+    base.base_logprobs = score_tokens(scorer, plan, base, args, "base")
+    picks = draw_best_of(scorer, plan, args) if args.best_of else None
+
+    # 2. Each tuned model beside it, and its results.
+    run = describe_run(args, argv, plan, SCHEMA_VERSION)
+    if plan.pairs:
+        run["pairs"] = {"source": args.pairs, "split": args.split, "rewards": measure_all_pairs(plan, args)}
+    described, results = [], {}
+    for target in plan.targets:
+        tuned = draw_tuned(scorer, plan, target, args)
+        metrics = measure({"base": base, "tuned": tuned}, args.seed)
+        described.append({"name": target.name, "step": target.step, "model": plan.sources[target.path]})
+        described[-1]["metrics"] = metrics
+        results[run_folder(args, target.name)] = {  # a sweep's last model, its final one, replaces those before it
+            **run,
+            "kind": "comparison",
+            "models": run["models"] | {"tuned": plan.sources[target.path]},
+            "metrics": metrics,
+            "best_of_n": best_of_n(picks, tuned, plan, args) if picks else None,
+            "sweep": described if args.sweep else None,
+            "training": read_curves(str(args.sweep or target.path)),
+            "samples": describe_samples(plan.prompts, {"base": base, "tuned": tuned}),
+        }
+
+    # 3. What they cost.
+    if args.runs:
+        together = {"kind": "runs", "runs": described, "over_runs": summarise_runs(described)}
+        results[args.output] = run | together | {"best_of_n": best_of_n(picks, None, plan, args) if picks else None}
+    cost = {"wall_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
+    cost["resumed"] = sum(log.resumed for log in plan.logs.values())
+    return {folder: result | cost for folder, result in results.items()}
+
+
+def run_folder(args, name: str) -> Path:
+    """Where the results of one tuned model go: a folder of its own where there are several."""
+    return args.output / "runs" / name if args.runs else args.output
+
+
+def load_scorer(path: str, temperature: float) -> torch.nn.Module:
+    """The model, which generates as always and scores completions at the sampling temperature too."""
+    from scoring import add_scoring_forward
+
+    return add_scoring_forward(load_model(path), temperature)
+
+
+def draw(model, plan: Plan, args, name: str, log: CompletionLog) -> Samples:
+    """One model's completions of all prompts, scored by every reward."""
+    prompts = plan.prompts
+    ids = generate(model, plan.tokenizer, prompts.ids, plan.eos, args, name, log)
+    texts = plan.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    samples = Samples(ids, texts, [row[-1] in plan.eos for row in ids])
+    for reward_name, reward in plan.rewards.items():
+        samples.scores[reward_name] = score(reward_name, reward, prompts, texts, ids, args.batch_size)
+    if prompts.references is not None:
+        samples.rouge = rouge_scores(prompts.references, texts)
+    return samples
+
+
+def draw_tuned(base, plan: Plan, target: Target, args) -> Samples:
+    """The tuned model's completions with their KL to the base; the model is let go."""
+    model = load_scorer(target.path, args.temperature)
+    samples = draw(model, plan, args, target.name, plan.logs[f"tuned/{target.name}"])
+    own = score_tokens(model, plan, samples, args, target.name)
+    samples.base_logprobs = score_tokens(base, plan, samples, args, "base")
+    samples.kl = np.subtract(own, samples.base_logprobs).tolist()
+    return samples
+
+
+def score_tokens(model, plan: Plan, samples: Samples, args, title: str) -> list[float]:
+    """Each completion's log-probability (n,), in nats, by the model."""
+    pad_id = plan.tokenizer.pad_token_id
+    return sequence_logprobs(model, plan.prompts.ids, samples.ids, pad_id, args, title).tolist()
+
+
+def draw_best_of(model, plan: Plan, args) -> dict[str, np.ndarray]:
+    """Every reward's scores (prompts, N) of N samples of the base for each of the first prompts."""
+    few = plan.few
+    ids = generate(model, plan.tokenizer, few.ids, plan.eos, args, "best-of-n", plan.logs["best_of"], stream=1)
+    texts = plan.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return {
-        "schema_version": SCHEMA_VERSION,
-        **describe_run(args, argv, specs, prompts),
-        "metrics": measure(samples, args.seed),
-        "samples": describe_samples(prompts, samples),
-        "wall_seconds": time.perf_counter() - started,
+        name: np.reshape(score(name, reward, few, texts, ids, args.batch_size), (-1, max(args.best_of)))
+        for name, reward in plan.rewards.items()
     }
 
 
+def measure_all_pairs(plan: Plan, args) -> dict[str, dict]:
+    """Every reward's accuracy and calibration over the judged pairs."""
+    rewards = plan.rewards.items()
+    return {name: measure_pairs(name, reward, plan.pairs, args.batch_size, args.seed) for name, reward in rewards}
+
+
+def best_of_n(picks: dict[str, np.ndarray], tuned: Samples | None, plan: Plan, args) -> dict:
+    """Best-of-n at every size asked for, and beside it the tuned model, where there is one, on the same prompts."""
+    reward = next(iter(plan.specs))
+    sizes = sorted({1, *args.best_of})
+    found = measure_best_of_n(picks, sizes, reward, args.seed) | {"at_equal_kl": None}
+    if tuned is not None:
+        scores = np.array(tuned.scores[reward][: len(picks[reward])])
+        kl = float(np.mean(tuned.kl))
+        found["at_equal_kl"] = compare_at_equal_kl(picks[reward], scores, kl, sizes, args.seed)
+    return found
+
+
 def main(argv: list[str] | None = None) -> dict:
-    """Run one comparison, write `results.json` and `report.md`, print the table; returns the results."""
+    """Run one comparison, write its results and reports, print the table; returns the results, of several together."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -482,12 +281,15 @@ def main(argv: list[str] | None = None) -> dict:
         results = compare(args, argv)
     except InputError as error:
         parser.error(str(error))
-    path = args.output / "results.json"
-    write_atomically(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    report = write_report(path)
-    print_table(results)
-    print(f"Report: {report}")
-    return results
+    except KeyboardInterrupt:
+        parser.exit(130, "\neval.compare: interrupted; the same command goes on from the completions already written\n")
+    for folder, result in results.items():
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(folder / "results.json", text)
+        reports = write_report(folder / "results.json")
+    print_table(result)
+    print(f"Report: {' '.join(map(str, reports))}")
+    return result
 
 
 if __name__ == "__main__":

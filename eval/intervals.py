@@ -48,21 +48,72 @@ def compare_pairs(base: Sequence[float], tuned: Sequence[float], statistic: Stat
     }
 
 
-def distinct_trigrams(base: Sequence[str], tuned: Sequence[str]) -> dict:
-    """The share of distinct word trigrams in each set of texts (n texts each, paired), and its difference.
+def win_rate(base: Sequence[float], tuned: Sequence[float], seed: int = 0) -> dict:
+    """The share of prompts on which the tuned model's score is above the base's, ties counting half."""
+    base, tuned = _checked(base), _checked(tuned)
+    return interval((tuned > base) + 0.5 * (tuned == base), seed=seed)
 
-    Distinct over all, counted over the n texts together; words are split at white space. The share falls as n grows,
-    so compare it at equal n only.
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> dict:
+    """Σ numerators / Σ denominators, both (n,) and resampled together: nats per token over all tokens, say."""
+    return _bootstrap_of_sums((_checked(numerators), _checked(denominators)), lambda a, b: a / b, seed)
+
+
+def compare_perplexities(base: tuple[np.ndarray, np.ndarray], tuned: tuple[np.ndarray, np.ndarray], seed: int) -> dict:
+    """`{"base", "tuned", "difference"}` of exp(−Σ logprobs / Σ tokens), each given as (logprobs (n,), tokens (n,))."""
+
+    def perplexity(logprobs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return np.exp(-logprobs / tokens)
+
+    def difference(base_sum, base_tokens, tuned_sum, tuned_tokens) -> np.ndarray:
+        return perplexity(tuned_sum, tuned_tokens) - perplexity(base_sum, base_tokens)
+
+    base, tuned = (tuple(_checked(values) for values in side) for side in (base, tuned))
+    return {
+        "base": _bootstrap_of_sums(base, perplexity, seed),
+        "tuned": _bootstrap_of_sums(tuned, perplexity, seed),
+        "difference": _bootstrap_of_sums((*base, *tuned), difference, seed),
+    }
+
+
+def over_runs(values: Sequence[float]) -> dict:
+    """The mean over independent runs (k,) with Student's t interval and the standard deviation over runs, `sd`."""
+    values = np.asarray(values, dtype=float)
+    k, mean = len(values), float(np.mean(values))
+    if k < 2:
+        return {"mean": mean, "low": None, "high": None, "n": k, "sd": None}
+    sd = float(np.std(values, ddof=1))
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, k - 1)) * sd / k**0.5
+    return {"mean": mean, "low": mean - reach, "high": mean + reach, "n": k, "sd": sd}
+
+
+def distinct_ngrams(base: Sequence[str], tuned: Sequence[str], size: int) -> dict:
+    """The share of distinct word n-grams, n = `size`, in each set of texts (n texts each, paired), and its difference.
+
+    Distinct over all, counted over the n texts together; words are split at white space (Li et al. 2016). The share
+    falls as the number of texts grows, so compare it at equal numbers only.
 
     The interval is a delete-one jackknife's. A bootstrap would be wrong here: a text drawn twice brings every one of
-    its trigrams twice, so all resamples lie below the estimate. Deleting a text repeats nothing, and by the
+    its n-grams twice, so all resamples lie below the estimate. Deleting a text repeats nothing, and by the
     Efron–Stein inequality the jackknife's variance errs on the wide side.
     """
-    shares = {"base": _trigram_shares(base), "tuned": _trigram_shares(tuned)}
+    shares = {"base": _ngram_shares(base, size), "tuned": _ngram_shares(tuned, size)}
     estimates = {name: _jackknife(share, left_out, 0.0) for name, (share, left_out) in shares.items()}
     (base_share, base_out), (tuned_share, tuned_out) = shares["base"], shares["tuned"]
     estimates["difference"] = _jackknife(tuned_share - base_share, tuned_out - base_out, -1.0)
     return estimates
+
+
+def ngrams(text: str, size: int) -> list[tuple[str, ...]]:
+    """The text's word n-grams in order, n = `size`, repeats included."""
+    words = text.split()
+    return list(zip(*(words[start:] for start in range(size)), strict=False))
+
+
+def self_repetition(text: str) -> float:
+    """The share of a text's own word trigrams that repeat an earlier one; 0 for a text without trigrams."""
+    trigrams = ngrams(text, 3)
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:
@@ -91,19 +142,27 @@ def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Statistic, value: flo
     return {"mean": value, "low": float(low), "high": float(high), "n": n}
 
 
-def _trigram_shares(texts: Sequence[str]) -> tuple[float, np.ndarray]:
-    """The share of distinct trigrams over all n texts, and (n,) the share with text i left out; NaN for 0/0."""
+def _bootstrap_of_sums(samples: tuple[np.ndarray, ...], of_sums: Statistic, seed: int) -> dict:
+    """A function of the samples' sums, with its paired bootstrap interval."""
+
+    def statistic(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+        return of_sums(*(np.sum(sample, axis=axis) for sample in samples))
+
+    return _bootstrap(samples, statistic, float(statistic(*samples)), seed)
+
+
+def _ngram_shares(texts: Sequence[str], size: int) -> tuple[float, np.ndarray]:
+    """The share of distinct n-grams over all n texts, and (n,) the share with text i left out; NaN for 0/0."""
     shared = -1
-    owner: dict[tuple[str, ...], int] = {}  # trigram → the only text that has it, or `shared`
+    owner: dict[tuple[str, ...], int] = {}  # n-gram → the only text that has it, or `shared`
     totals = np.zeros(len(texts))
     for index, text in enumerate(texts):
-        words = text.split()
-        trigrams = list(zip(words, words[1:], words[2:], strict=False))
-        totals[index] = len(trigrams)
-        for trigram in trigrams:
-            owner[trigram] = index if owner.get(trigram, index) == index else shared
+        found = ngrams(text, size)
+        totals[index] = len(found)
+        for ngram in found:
+            owner[ngram] = index if owner.get(ngram, index) == index else shared
     owners = np.array([index for index in owner.values() if index != shared], dtype=int)
-    owned = np.bincount(owners, minlength=len(texts))  # distinct trigrams that leave together with text i
+    owned = np.bincount(owners, minlength=len(texts))  # distinct n-grams that leave together with text i
     with np.errstate(invalid="ignore"):
         share = np.float64(len(owner)) / totals.sum()
         return float(share), (len(owner) - owned) / (totals.sum() - totals)
@@ -114,7 +173,7 @@ def _jackknife(value: float, left_out: np.ndarray, lowest: float) -> dict:
     n = len(left_out)
     if np.isnan(value):
         return {"mean": None, "low": None, "high": None, "n": n}
-    if np.isnan(left_out).any():  # all the trigrams are in one text: no spread can be estimated
+    if np.isnan(left_out).any():  # all the n-grams are in one text: no spread can be estimated
         return {"mean": value, "low": None, "high": None, "n": n}
     error = np.sqrt((n - 1) * np.var(left_out))
     reach = stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * error

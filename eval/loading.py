@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LOCAL_PREFIXES = (".", "~", "runs/", "data/")
@@ -55,14 +55,15 @@ def check_exists(option: str, source: str) -> None:
         raise InputError(f"{option} {source}: no such file or folder")
 
 
-def check_model(option: str, path: str) -> None:
-    """InputError unless `path` has a readable configuration, and its base model too if it is an adapter."""
+def check_model(option: str, path: str) -> PreTrainedConfig:
+    """Its configuration; InputError unless `path` has a readable one, and its base model too if it is an adapter."""
     check_exists(option, path)
+    whole = path
     try:
         if is_adapter(path):
-            path = base_of_adapter(path)
-            check_exists(f"{option}'s base model", path)
-        AutoConfig.from_pretrained(path)
+            whole = base_of_adapter(path)
+            check_exists(f"{option}'s base model", whole)
+        return AutoConfig.from_pretrained(whole)
     except (OSError, ValueError) as error:
         raise InputError(f"{option} {path}: no model can be loaded from there: {first_line(error)}") from error
 
@@ -119,11 +120,31 @@ def _load_adapter(path: str) -> torch.nn.Module:
     return AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
 
 
-def stop_ids(models: Iterable, tokenizer) -> list[int]:
+def check_vocabulary(base: PreTrainedConfig, tuned: PreTrainedConfig, tokenizer, tuned_path: str) -> None:
+    """InputError unless the base can score the tuned model's tokens: same count, same meaning."""
+    sizes = [config.get_text_config().vocab_size for config in (base, tuned)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"base has {sizes[0]} tokens and {tuned_path} {sizes[1]}: KL needs one vocabulary")
+    if (Path(tuned_path) / "tokenizer.json").is_file():
+        theirs = load_tokenizer(tuned_path).get_vocab()
+        changed = next((token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index), None)
+        if changed is not None:
+            raise InputError(f"base and {tuned_path} number the token {changed!r} differently: KL needs one vocabulary")
+
+
+def generation_config(path: str, config: PreTrainedConfig) -> GenerationConfig:
+    """The generation settings of the model at `path`, as loading it would find them, without loading it."""
+    try:
+        return GenerationConfig.from_pretrained(base_of_adapter(path) if is_adapter(path) else path)
+    except OSError:  # the model has no such file
+        return GenerationConfig.from_model_config(config)
+
+
+def stop_ids(configs: Iterable[GenerationConfig], tokenizer) -> list[int]:
     """Every EOS id that one of the models or the tokenizer declares: models that are compared must stop alike."""
     declared = {tokenizer.eos_token_id}
-    for model in models:
-        ids = model.generation_config.eos_token_id
+    for config in configs:
+        ids = config.eos_token_id
         declared.update(ids if isinstance(ids, list) else [ids])
     return sorted(declared - {None})
 
@@ -138,9 +159,9 @@ def set_stop_ids(model, tokenizer, eos: list[int]) -> None:
     )
 
 
-def positions_of(model) -> float:
+def positions_of(config: PreTrainedConfig) -> float:
     """How many positions the model has, infinity where its configuration names no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def cut_after_eos(ids: list[int], eos: list[int]) -> list[int]:

@@ -1,8 +1,9 @@
-"""Render `results.json` of `eval.compare` as Markdown, from that JSON alone.
+"""Render `results.json` of `eval.compare` as Markdown and as one HTML page, from that JSON alone.
 
     python -m eval.report eval_dir/results.json
 
-writes `report.md` beside it. Prompts and completions are untrusted text and are escaped; they show as they are.
+writes `report.md` and `report.html` beside it. Prompts and completions are untrusted text and are escaped; they show
+as they are.
 """
 
 import argparse
@@ -13,25 +14,19 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 from rich.text import Text
 
-SCHEMA_VERSION = 1
-NONE = "–"
+from eval.tables import NONE, Table, facts, label_of, sentences, table_rows, tables, title_of, worst
+
+SCHEMA_VERSION = 2
 TABLE_WIDTH = 120  # characters, where the output is not a terminal and so has no width of its own
 
 LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, and those that reorder text
 # Whatever Markdown or HTML could act upon inside a line. Underscores within a word are inert and stay readable.
 MARKUP = re.compile(r"[&<>\\`*\[\]|~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-
-REWARD_LABELS = {"mean": "mean", "median": "median", "share_positive": "share above 0"}
-METRIC_LABELS = {
-    "kl": "KL(tuned‖base), nats per sequence",
-    "length": "completion length, tokens",
-    "missing_eos": "share without EOS",
-    "distinct_trigrams": "share of distinct trigrams",
-}
+INTERVAL = re.compile(r"&#91;([-+.\d]+, [-+.\d]+)&#93;")
 
 
 class ReportError(Exception):
@@ -55,35 +50,21 @@ def code(text: str) -> str:
     return f"{fence}{padding}{text}{padding}{fence}"
 
 
-def table_rows(results: dict) -> list[tuple[str, str, str, str, str]]:
-    """The table's cells, not escaped: metric, base, tuned, difference (each `value [low, high]`) and n."""
-    metrics = results["metrics"]
-    rows = [
-        _row(f"{name}: {label}", estimates[key])
-        for name, estimates in metrics["rewards"].items()
-        for key, label in REWARD_LABELS.items()
-    ]
-    return rows + [_row(label, metrics[key]) for key, label in METRIC_LABELS.items()]
-
-
 def render(results: dict) -> str:
     """The whole report as Markdown."""
-    tuned, base = (escape(results["models"][role]["path"]) for role in ("tuned", "base"))
-    blocks = [
-        f"# {tuned} against {base}",
-        _markdown_table(
-            ["metric", "base", "tuned", "tuned − base", "n"],
-            [[escape(label), *figures] for label, *figures in table_rows(results)],
-        ),
-        "Value and 95 % interval. Both models sampled from the same prompts, so differences are paired. Bootstrap over "
-        "prompts; for distinct trigrams a delete-one jackknife. KL is measured on the tuned model's samples. An "
-        "interval of no width means that all samples agree, not that the value is certain.",
+    blocks = [f"# {escape(title_of(results))}", "\n".join(f"- {_readable(text)}" for text in sentences(results))]
+    for table in tables(results):
+        blocks += [f"## {escape(table.title)}", _markdown_table(table), escape(table.note)]
+    blocks += [
         "## Where this comes from",
-        _provenance(results),
-        "## Samples",
-        "The first prompts by index, not picked.",
-        *_samples(results),
+        "\n".join(f"- {escape(name)}: {code(fact)}" for name, fact in facts(results).items()),
     ]
+    if results["kind"] == "comparison":
+        shown = results["samples"][: results["settings"]["n_samples"]]
+        blocks += ["## Samples", "The first prompts by index, not picked.", *_samples(results, shown)]
+        if shown:
+            name = next(iter(results["rewards"]))
+            blocks += [f"## The five lowest by {escape(name)}", *_samples(results, worst(results, name))]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -92,7 +73,8 @@ def print_table(results: dict) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    table = Table("metric")
+    table = TerminalTable()
+    table.add_column("metric", no_wrap=True, overflow="fold")
     for column in ("base", "tuned", "tuned − base", "n"):
         table.add_column(column, justify="right")
     for row in table_rows(results):
@@ -111,79 +93,59 @@ def write_atomically(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def write_report(results_path: Path) -> Path:
-    """Render `results_path` to `report.md` in its folder and return that path; ReportError if it cannot be read."""
+def read_results(path: Path) -> dict:
+    """The results in a file; ReportError if it cannot be read or has another schema version."""
     try:
-        results = json.loads(results_path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ReportError(f"cannot read {results_path}: {error.strerror}") from error
+        raise ReportError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ReportError(f"{results_path} is not JSON: {error}") from error
+        raise ReportError(f"{path} is not JSON: {error}") from error
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
-        raise ReportError(f"{results_path} has schema_version {version!r}, this program reads {SCHEMA_VERSION}")
-    report = results_path.with_name("report.md")
-    write_atomically(report, render(results))
-    return report
+        raise ReportError(f"{path} has schema_version {version!r}, this program reads {SCHEMA_VERSION}")
+    return results
 
 
-def _estimate(estimate: dict | None, sign: str = "") -> str:
-    """`value [low, high]`; `sign="+"` writes the sign of positive numbers too."""
-    if estimate is None or estimate["mean"] is None:
-        return NONE
-    style = f"{sign}z.3f"  # z: a rounded −0.0004 is 0.000
-    if estimate["low"] is None:
-        return f"{estimate['mean']:{style}}"
-    return f"{estimate['mean']:{style}} [{estimate['low']:{style}}, {estimate['high']:{style}}]"
+def write_report(results_path: Path) -> list[Path]:
+    """Render `results_path` to `report.md` and `report.html` in its folder and return their paths; ReportError."""
+    from eval.page import render_page  # here, because importing matplotlib takes a second
+
+    results = read_results(results_path)
+    try:
+        rendered = {"report.md": render(results), "report.html": render_page(results)}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ReportError(f"{results_path} is not whole: {type(error).__name__} {error}") from error
+    for name, text in rendered.items():
+        write_atomically(results_path.with_name(name), text)
+    return [results_path.with_name(name) for name in rendered]
 
 
-def _row(label: str, metric: dict) -> tuple[str, str, str, str, str]:
-    return (
-        label,
-        _estimate(metric["base"]),
-        _estimate(metric["tuned"]),
-        _estimate(metric["difference"], "+"),
-        str(metric["tuned"]["n"]),
-    )
+def _markdown_table(table: Table) -> str:
+    return _lines([[_readable(cell) for cell in row] for row in [table.header, *table.rows]])
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Cells are Markdown already: whatever is untrusted in them is escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _readable(text: str) -> str:
+    """`text` escaped, but for the brackets of intervals, which are inert and would be hard to read in the source."""
+    return INTERVAL.sub(r"[\1]", escape(text))
 
 
-def _provenance(results: dict) -> str:
-    prompts, hardware = results["prompts"], results["hardware"]
-    facts = {
-        "command": results["command"],
-        "created": f"{results['created']}, in {results['wall_seconds']:.0f} s",
-        "commit": results["git_commit"] or "not in git",
-        **{role: _with_hash(results["models"][role]) for role in ("base", "tuned")},
-        **{f"reward {name}": _with_hash(reward) for name, reward in results["rewards"].items()},
-        "prompts": f"{prompts['source']}, split {prompts['split']}, first {prompts['n']}, sha256 {prompts['sha256']}",
-        "settings": ", ".join(f"{name} {value}" for name, value in results["settings"].items()),
-        "seed": str(results["seed"]),
-        "hardware": f"{hardware['cpu']}, {hardware['threads']} threads, GPU {hardware['gpu'] or 'none'}",
-        "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-    }
-    return "\n".join(f"- {escape(name)}: {code(fact)}" for name, fact in facts.items())
+def _lines(rows: list[list[str]]) -> str:
+    """Cells are Markdown already: whatever is untrusted in them is escaped. The first row is the header."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _with_hash(source: dict) -> str:
-    return source["path"] + (f", sha256 {source['sha256']}" if source["sha256"] else "")
-
-
-def _samples(results: dict) -> list[str]:
-    """One block of Markdown for each of the first `n_samples` samples."""
-    names = list(results["metrics"]["rewards"])
-    shown = results["samples"][: results["settings"]["n_samples"]]
-    header = ["", "text", *map(escape, names), "tokens", "KL"]
+def _samples(results: dict, shown: list[dict]) -> list[str]:
+    """One block of Markdown for each of the given samples."""
+    names = list(results["rewards"])
+    header = ["", "text", *(escape(label_of(results, name)) for name in names), "tokens", "KL"]
     blocks = []
     for sample in shown:
-        rows = [["prompt", escape(sample["prompt"]), *[""] * (len(names) + 2)]]
+        texts = [name for name in ("prompt", "reference") if name in sample]
+        rows = [[name, escape(sample[name]), *[""] * (len(names) + 2)] for name in texts]
         rows += [_sample_row(role, sample[role], names) for role in ("base", "tuned")]
-        blocks.append(f"### {sample['index']}\n\n{_markdown_table(header, rows)}")
+        blocks.append(f"### {sample['index']}\n\n{_lines([header, *rows])}")
     return blocks
 
 
@@ -193,17 +155,17 @@ def _sample_row(role: str, side: dict, names: list[str]) -> list[str]:
     return [role, escape(side["completion"]), *[f"{side['scores'][name]:z.3f}" for name in names], tokens, kl]
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Render the named results file again; returns the report's path."""
-    parser = argparse.ArgumentParser(prog="eval.report", description="Render results.json as report.md.")
+def main(argv: list[str] | None = None) -> list[Path]:
+    """Render the named results file again; returns the reports' paths."""
+    parser = argparse.ArgumentParser(prog="eval.report", description="Render results.json as Markdown and HTML.")
     parser.add_argument("results", type=Path, help="a results.json written by eval.compare")
     args = parser.parse_args(argv)
     try:
-        report = write_report(args.results)
+        reports = write_report(args.results)
     except ReportError as error:
         sys.exit(f"eval.report: error: {error}")
-    print(report)
-    return report
+    print(*reports)
+    return reports
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from eval import compare, intervals, report
+from eval import compare, generation, intervals, loading, prompts, provenance, report, tables
+from scoring import add_scoring_forward
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"the {noun} was {word}" for noun in ("movie", "film", "plot", "cast") for word in ("so", "not", "good")]
@@ -98,6 +99,22 @@ def run(gpt2_path, prompts_path, tmp_path_factory):
 def finished(run, tuned_path, bert_path):
     """One comparison of different models with a function and a classifier as rewards."""
     return run(tuned_path, "--reward", f"judge={bert_path}#POSITIVE", "--n_samples", "3", "--max_new_tokens", "30")
+
+
+def sequence_kl(loaded: dict, prompt_ids, completion_ids, pad_id: int, drawn_with) -> np.ndarray:
+    """log π_tuned − log π_base of each completion (n,)."""
+    base, tuned = (
+        generation.sequence_logprobs(
+            add_scoring_forward(loaded[role], drawn_with.temperature),
+            prompt_ids,
+            completion_ids,
+            pad_id,
+            drawn_with,
+            role,
+        )
+        for role in ("base", "tuned")
+    )
+    return tuned - base
 
 
 def settings(**changes):
@@ -191,7 +208,7 @@ def test_the_trigram_interval_is_the_jackknife_of_leaving_out_each_text_in_turn(
     left_out["difference"] = left_out["tuned"] - left_out["base"]
     values = {"base": share_by_hand(base), "tuned": share_by_hand(tuned)}
     values["difference"] = values["tuned"] - values["base"]
-    for name, estimate in intervals.distinct_trigrams(base, tuned).items():
+    for name, estimate in intervals.distinct_ngrams(base, tuned, 3).items():
         error = np.sqrt(29 / 30 * np.square(left_out[name] - left_out[name].mean()).sum())
         assert estimate["mean"] == pytest.approx(values[name])
         assert estimate["high"] - estimate["mean"] == pytest.approx(stats.t.ppf(0.975, 29) * error)
@@ -204,7 +221,7 @@ def test_the_trigram_interval_covers_the_expected_share_where_a_bootstrap_of_tex
     covered, bootstrapped = [], []
     for _ in range(100):
         texts = some_texts(rng, 60)
-        estimate = intervals.distinct_trigrams(texts, texts)["base"]
+        estimate = intervals.distinct_ngrams(texts, texts, 3)["base"]
         covered.append(estimate["low"] <= expected <= estimate["high"])
         resampled = [share_by_hand(rng.choices(texts, k=60)) for _ in range(40)]
         bootstrapped.append(np.quantile(resampled, 0.975) >= share_by_hand(texts))
@@ -213,8 +230,8 @@ def test_the_trigram_interval_covers_the_expected_share_where_a_bootstrap_of_tex
 
 
 def test_texts_without_trigrams_have_no_share_and_one_with_them_has_no_interval():
-    none = intervals.distinct_trigrams(["", "a b"], ["", "a"])["base"]
-    one = intervals.distinct_trigrams(["a b c", "a b"], ["", ""])
+    none = intervals.distinct_ngrams(["", "a b"], ["", "a"], 3)["base"]
+    one = intervals.distinct_ngrams(["a b c", "a b"], ["", ""], 3)
     assert none == {"mean": None, "low": None, "high": None, "n": 2}
     assert one["base"] == {"mean": 1.0, "low": None, "high": None, "n": 2}
     assert one["difference"]["mean"] is None
@@ -227,14 +244,14 @@ def test_texts_without_trigrams_have_no_share_and_one_with_them_has_no_interval(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_kl_of_a_sequence_is_the_difference_of_its_unpadded_log_softmaxes(model, temperature, request, tmp_path):
     path = request.getfixturevalue(model)
-    loaded = {"base": compare.load_model(path), "tuned": compare.load_model(changed_copy(path, tmp_path))}
+    loaded = {"base": loading.load_model(path), "tuned": loading.load_model(changed_copy(path, tmp_path))}
     plain = copy.deepcopy(loaded)
-    tokenizer = compare.load_tokenizer(path)
+    tokenizer = loading.load_tokenizer(path)
     prompt_ids = tokenizer(PROMPTS)["input_ids"]
     assert len({len(ids) for ids in prompt_ids}) > 1  # so that some are padded
-    drawn = compare.generate(loaded["tuned"], tokenizer, prompt_ids, [], settings(temperature=temperature), "")
+    drawn = generation.generate(loaded["tuned"], tokenizer, prompt_ids, [], settings(temperature=temperature), "")
     drawn = [ids[: 1 + index % 6] for index, ids in enumerate(drawn)]
-    kl = compare.sequence_kl(loaded, prompt_ids, drawn, tokenizer.pad_token_id, settings(temperature=temperature))
+    kl = sequence_kl(loaded, prompt_ids, drawn, tokenizer.pad_token_id, settings(temperature=temperature))
     for prompt, completion, measured in zip(prompt_ids, drawn, kl, strict=True):
         by_role = {}
         for role in ("base", "tuned"):
@@ -276,16 +293,16 @@ def exact_kl(loaded: dict, prompt: list[int], steps: int) -> float:
 
 
 def test_the_kl_of_all_completions_weighted_by_their_chance_is_the_exact_kl(handful):
-    loaded = {role: compare.load_model(path) for role, path in handful.items()}
+    loaded = {role: loading.load_model(path) for role, path in handful.items()}
     exact = exact_kl(loaded, [2, 3], 3)
-    every = {tuple(compare.cut_after_eos(list(ids), [1])) for ids in itertools.product(range(5), repeat=3)}
+    every = {tuple(loading.cut_after_eos(list(ids), [1])) for ids in itertools.product(range(5), repeat=3)}
     every = [list(ids) for ids in sorted(every)]
     with torch.no_grad():
         logprobs = [loaded["tuned"](torch.tensor([[2, 3, *ids]])).logits[0].double().log_softmax(-1) for ids in every]
     chances = [
         logprob[range(1, 1 + len(ids)), ids].sum().exp().item() for logprob, ids in zip(logprobs, every, strict=True)
     ]
-    kl = compare.sequence_kl(loaded, [[2, 3]] * len(every), every, 0, settings(batch_size=32))
+    kl = sequence_kl(loaded, [[2, 3]] * len(every), every, 0, settings(batch_size=32))
     assert sum(chances) == pytest.approx(1)
     assert np.dot(chances, kl) == pytest.approx(exact, abs=1e-5)
 
@@ -295,7 +312,7 @@ def test_the_mean_kl_of_samples_lies_near_the_exact_kl(handful, tmp_path):
     argv = ["--base", handful["base"], "--tuned", handful["tuned"], "--prompts", str(tmp_path / "test.jsonl")]
     argv += ["--reward", f"letters={__name__}:letters", "--output", str(tmp_path / "out"), "--n_prompts", "600"]
     estimate = compare.main([*argv, "--max_new_tokens", "3", "--batch_size", "300"])["metrics"]["kl"]["tuned"]
-    exact = exact_kl({role: compare.load_model(path) for role, path in handful.items()}, [2, 3], 3)
+    exact = exact_kl({role: loading.load_model(path) for role, path in handful.items()}, [2, 3], 3)
     assert exact > 0.05
     assert estimate["mean"] == pytest.approx(exact, abs=2 * (estimate["high"] - estimate["low"]))
     assert estimate["high"] - estimate["low"] < exact
@@ -307,8 +324,10 @@ def test_the_mean_kl_of_samples_lies_near_the_exact_kl(handful, tmp_path):
 def test_a_model_against_itself_differs_in_nothing_and_has_a_kl_of_zero(run, gpt2_path):
     results, _ = run(gpt2_path)
     for name, metric in estimates(results["metrics"]).items():
-        if name == "kl":
+        if name in ("kl", "kl_per_token"):
             assert (metric["tuned"]["mean"], metric["tuned"]["low"], metric["tuned"]["high"]) == (0, 0, 0)
+        elif name.endswith("win_rate"):
+            assert metric["tuned"]["mean"] == 0.5
         else:
             assert metric["difference"]["mean"] in (0, None)
             assert metric["base"] == metric["tuned"]
@@ -334,11 +353,11 @@ def test_a_models_own_generation_settings_do_not_leak_into_sampling(run, gpt2_pa
 
 
 def test_completions_end_with_the_first_of_any_declared_eos_token(gpt2_path, tokenizer):
-    model = compare.load_model(gpt2_path)
+    model = loading.load_model(gpt2_path)
     model.generation_config.eos_token_id = list(range(1, 100))
-    eos = compare.stop_ids({"base": model}.values(), tokenizer)
+    eos = loading.stop_ids([model.generation_config], tokenizer)
     assert eos == list(range(1, 100))
-    drawn = compare.generate(model, tokenizer, tokenizer(PROMPTS)["input_ids"], eos, settings(), "")
+    drawn = generation.generate(model, tokenizer, tokenizer(PROMPTS)["input_ids"], eos, settings(), "")
     assert any(len(ids) < 6 for ids in drawn)
     for ids in drawn:
         assert not set(ids[:-1]) & set(eos)
@@ -356,16 +375,17 @@ def test_a_lora_adapter_compares_like_the_model_it_merges_into(run, gpt2_path, t
     merged, _ = run(str(tmp_path / "merged"))
     assert adapter["metrics"]["kl"]["tuned"]["mean"] != 0
     assert adapter["samples"] == merged["samples"]
+    assert adapter["models"]["tuned"]["adapter_of"] == adapter["models"]["base"]
 
 
 def test_cut_prompts_begin_the_originals_at_lengths_that_only_seed_and_index_decide(tokenizer):
     texts = ["the movie was good and i loved it"] * 40
-    cut = compare.cut_prompts(texts, tokenizer, 2, 4, seed=0)
+    cut = prompts.cut_prompts(texts, tokenizer, 2, 4, seed=0)
     lengths = [len(tokenizer(text)["input_ids"]) for text in cut]
     assert set(lengths) == {2, 3, 4}
     assert all(texts[0].startswith(text) for text in cut)
-    assert compare.cut_prompts(texts[:7], tokenizer, 2, 4, seed=0) == cut[:7]
-    assert compare.cut_prompts(texts, tokenizer, 2, 4, seed=1) != cut
+    assert prompts.cut_prompts(texts[:7], tokenizer, 2, 4, seed=0) == cut[:7]
+    assert prompts.cut_prompts(texts, tokenizer, 2, 4, seed=1) != cut
 
 
 # --- Metrics and provenance -------------------------------------------------------------------------------------
@@ -406,7 +426,7 @@ def test_the_results_say_what_made_them(finished, run, gpt2_path, tuned_path):
     assert results == json.loads((output / "results.json").read_text())
     hashes = {role: results["models"][role]["sha256"] for role in ("base", "tuned")}
     assert hashes["base"] != hashes["tuned"]
-    assert hashes["base"] == compare.describe_source(shutil.copytree(gpt2_path, output / "copy"))["sha256"]
+    assert hashes["base"] == provenance.describe_source(shutil.copytree(gpt2_path, output / "copy"))["sha256"]
     assert results["versions"]["torch"] == torch.__version__
     assert tuned_path in results["command"]
     shorter, _ = run(gpt2_path, "--n_prompts", "3")
@@ -419,15 +439,15 @@ def test_the_commit_is_marked_dirty_when_files_differ_and_absent_outside_git(tmp
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
         return subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True, text=True)
 
-    assert compare.git_commit(tmp_path) is None
+    assert provenance.git_commit(tmp_path) is None
     git("init")
     git("commit", "--allow-empty", "-m", "x", "--no-verify")
     commit = git("rev-parse", "HEAD").stdout.strip()
-    assert compare.git_commit(tmp_path) == commit
+    assert provenance.git_commit(tmp_path) == commit
     (tmp_path / "file").write_text("new")
-    assert compare.git_commit(tmp_path) == commit + "-dirty"
+    assert provenance.git_commit(tmp_path) == commit + "-dirty"
     (tmp_path / "inside").mkdir()
-    assert compare.git_commit(tmp_path / "inside") is None  # a folder of someone else's repository
+    assert provenance.git_commit(tmp_path / "inside") is None  # a folder of someone else's repository
 
 
 # --- The report -------------------------------------------------------------------------------------------------
@@ -447,8 +467,8 @@ def cells(markdown: str) -> list[list[str]]:
 def test_the_report_has_every_metric_with_value_interval_and_n(finished):
     results, output = finished
     rows = {row[0]: row[1:] for row in cells((output / "report.md").read_text())}
-    labels = [f"{name}: {label}" for name in ("letters", "judge") for label in report.REWARD_LABELS.values()]
-    labels += report.METRIC_LABELS.values()
+    labels = [f"{name}: {label}" for name in ("letters", "judge") for label in tables.REWARD_LABELS.values()]
+    labels += [label for name, label in tables.METRIC_LABELS.items() if name in results["metrics"]]
     for label, metric in zip(labels, estimates(results["metrics"]).values(), strict=True):
         value = metric["tuned"]
         assert rows[label][1] == f"{value['mean']:z.3f} [{value['low']:z.3f}, {value['high']:z.3f}]"
@@ -459,13 +479,17 @@ def test_the_report_is_rendered_again_byte_for_byte_from_the_json_alone(finished
     _, output = finished
     shutil.copy(output / "results.json", tmp_path)
     again = report.main([str(tmp_path / "results.json")])
-    assert again.read_bytes() == (output / "report.md").read_bytes()
+    assert [path.name for path in again] == ["report.md", "report.html"]
+    for path in again:
+        assert path.read_bytes() == (output / path.name).read_bytes()
 
 
-def test_the_report_shows_the_first_samples_by_index(finished):
-    _, output = finished
+def test_the_report_shows_the_first_samples_by_index_and_then_the_five_lowest(finished):
+    results, output = finished
     shown = [line for line in (output / "report.md").read_text().splitlines() if line.startswith("### ")]
-    assert shown == ["### 0", "### 1", "### 2"]
+    assert shown[:3] == ["### 0", "### 1", "### 2"]
+    lowest = sorted(results["samples"], key=lambda sample: sample["tuned"]["scores"]["letters"])[:5]
+    assert shown[3:] == [f"### {sample['index']}" for sample in lowest]
 
 
 @pytest.mark.parametrize("role", ["prompt", "base", "tuned"])
@@ -510,7 +534,7 @@ def test_a_metric_without_a_value_shows_a_dash(finished):
     assert rows["share of distinct trigrams"][1:] == ["–", "–", "–", "12"]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 99}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 99}', '{"schema_version": 2}'])
 def test_a_results_file_that_cannot_be_read_ends_in_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
@@ -538,6 +562,8 @@ BEFORE_MODELS = {
     "a prompts folder without files": (["--prompts", "{tmp}/hollow"], ["--prompts", "hollow"]),
     "a broken prompt file": (["--prompts", "{tmp}/broken"], ["--prompts", "broken"]),
     "an empty prompt": (["--prompts", "{tmp}/blank"], ["'prompt'", "row 1"]),
+    "more tokens than positions": (["--max_new_tokens", "64"], ["prompt 0", "64 positions"]),
+    "models of different vocabularies": (["--base", "{handful}"], ["5 tokens", "vocabulary"]),
     "a single prompt": (["--n_prompts", "1"], ["--n_prompts", "at least 2"]),
     "an unknown split": (["--split", "validation"], ["--prompts", "validation"]),
     "a missing column": (["--prompt_column", "text"], ["'text'", "prompt, stars"]),
@@ -561,9 +587,7 @@ BEFORE_MODELS = {
 AFTER_MODELS = {
     "too few scores": (["--reward", f"x={__name__}:too_few"], ["reward x", "4", "5"]),
     "a score that is not a number": (["--reward", f"x={__name__}:sometimes_nan"], ["reward x", "nan", "sample 5"]),
-    "more tokens than positions": (["--max_new_tokens", "64"], ["prompt 0", "64 positions"]),
     "a model without its head": (["--tuned", "{headless}"], ["headless", "lm_head.weight"]),
-    "models of different vocabularies": (["--base", "{handful}"], ["5 tokens", "vocabulary"]),
 }
 
 
@@ -590,6 +614,7 @@ def scene(tmp_path, bert_path, llama_path, handful):
 
 
 def assert_one_line(run, gpt2_path, scene, capsys, options, words):
+    """One line of error, status 2, and nothing in the output folder but completions to go on from."""
     output = scene["tmp"] / "out"
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -600,7 +625,7 @@ def assert_one_line(run, gpt2_path, scene, capsys, options, words):
     assert sum("error" in line for line in errors) == 1
     for word in words:
         assert word in errors[-1]
-    assert not output.exists()
+    assert not output.exists() or [path.name for path in output.iterdir()] == ["completions"]
 
 
 @pytest.mark.parametrize("case", BEFORE_MODELS)
@@ -636,5 +661,6 @@ def test_the_command_prints_its_error_and_nothing_else(tmp_path):
 def test_the_table_and_the_path_of_the_report_are_printed(run, gpt2_path, capsys):
     _, output = run(gpt2_path)
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"Report: {output / 'report.md'}"
-    assert all(label in printed for label in report.METRIC_LABELS.values())
+    assert printed.splitlines()[-1] == f"Report: {output / 'report.md'} {output / 'report.html'}"
+    labels = [label for name, label in tables.METRIC_LABELS.items() if not name.startswith("rouge")]
+    assert all(label in printed for label in labels)

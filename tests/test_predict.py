@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM, TextStreamer
 
-from eval import loading, predict
+from eval import loading, predict, streaming
 
 PROMPTS = ["the movie was", "a great film with", "i left early"]
 TEMPLATE = (
@@ -65,7 +66,7 @@ def test_at_temperature_zero_the_text_is_the_models_own_greedy_continuation(run,
             break
     expected = tokenizer.decode(ids[len(tokenizer(PROMPTS[0])["input_ids"]) :], skip_special_tokens=True)
     assert texts == [{"model": expected}]
-    assert capsys.readouterr().out == predict.printable(expected) + "\n"
+    assert capsys.readouterr().out == streaming.printable(expected) + "\n"
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(run):
@@ -91,15 +92,15 @@ def test_text_reaches_the_terminal_in_pieces_as_it_is_made(gpt2_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextStreamer, "put", counting_put)
-        ids = predict.encode_prompt(predictor, "the", args)
-        predict.predict(predictor, ids, args, 0, lambda piece: made_when_shown.append((piece, len(generated))))
+        ids = streaming.encode_prompt(predictor, "the", args)
+        streaming.predict(predictor, ids, args, 0, lambda piece: made_when_shown.append((piece, len(generated))))
     shown_at = [count for piece, count in made_when_shown if piece]
     assert shown_at[0] < len(generated)  # before the last token
 
 
 def test_characters_that_a_terminal_obeys_are_replaced(tokenizer):
     shown = []
-    streamer = predict.Pieces(tokenizer, shown.append)
+    streamer = streaming.Pieces(tokenizer, shown.append)
     streamer.put(torch.tensor([[5]]))  # the prompt
     for token in tokenizer("\x1b[2Jred \u202e\rx\ty\n")["input_ids"]:
         streamer.put(torch.tensor([token]))
@@ -174,13 +175,13 @@ def test_on_a_terminal_both_texts_stand_in_one_table(gpt2_path, other_path):
     args = predict.make_parser().parse_args(options)
     predictors = predict.load_predictors(args)
     screen = io.StringIO()
-    console = predict.Console(file=screen, force_terminal=True, width=100)
-    encoded = [predict.encode_prompt(predictor, PROMPTS[0], args) for predictor in predictors]
-    texts = predict.show_beside(predictors, encoded, args, 0, console)
+    console = Console(file=screen, force_terminal=True, width=100)
+    encoded = [streaming.encode_prompt(predictor, PROMPTS[0], args) for predictor in predictors]
+    texts = streaming.show_beside(predictors, encoded, args, 0, console)
     last = screen.getvalue()
     assert "base" in last
     assert "tuned" in last
-    assert texts == predict.show_plainly(predictors, encoded, args, 0)
+    assert texts == streaming.show_plainly(predictors, encoded, args, 0)
 
 
 def test_an_adapter_predicts_as_its_base_with_the_adapter_on_top(gpt2_path, tmp_path):

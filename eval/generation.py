@@ -1,0 +1,153 @@
+"""Completions of many prompts and their log-probabilities, in batches of like length; kept on disk as they come."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval.loading import InputError, cut_after_eos, first_line, set_stop_ids
+
+
+class CompletionLog:
+    """A JSONL file of completions as they are made, from which a run that was stopped goes on.
+
+    Its first line is the fingerprint: whatever decides the completions. A line for each sample follows,
+    `{"batch", "index", "ids", "completion"}`, synced to disk a batch at a time. InputError when the file was made
+    with another fingerprint; with `overwrite` such a file is replaced when the first batch is there.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict, overwrite: bool = False):
+        self.path = path
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.ids: dict[int, list[int]] = {}
+        self._end = 0  # of the last whole batch, in bytes
+        if path.is_file():
+            self._read(overwrite)
+        self.resumed = len(self.ids)
+
+    def _read(self, overwrite: bool) -> None:
+        with self.path.open("rb") as stream:
+            theirs = _whole_line(stream.readline())
+            if theirs is not None and theirs != self.fingerprint:
+                if overwrite:
+                    return
+                raise InputError(
+                    f"{self.path} holds completions made with another {_difference(theirs, self.fingerprint)}; give "
+                    "another --output, or --overwrite to replace them"
+                )
+            if theirs is None:
+                return
+            self._end = stream.tell()
+            batch: dict[int, list[int]] = {}
+            while (line := _whole_line(stream.readline())) is not None:
+                batch[line["index"]] = line["ids"]
+                if line["last"]:  # of its batch: a torn batch is made again
+                    self.ids |= batch
+                    batch, self._end = {}, stream.tell()
+
+    def append(self, indices: Sequence[int], ids: list[list[int]], texts: list[str]) -> None:
+        """Add one batch, whole or not at all as far as a reader is concerned."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"index": index, "ids": row, "completion": text, "last": index == indices[-1]}
+            for index, row, text in zip(indices, ids, texts, strict=True)
+        ]
+        rows = rows if self._end else [self.fingerprint, *rows]
+        with self.path.open("r+b" if self._end else "wb") as stream:
+            stream.truncate(self._end)
+            stream.seek(self._end)
+            stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+            self._end = stream.tell()
+        self.ids |= dict(zip(indices, ids, strict=True))
+
+
+def _whole_line(line: bytes) -> dict | None:
+    """The line's JSON, None if it is torn or the file is at its end."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+
+def _difference(theirs: dict, ours: dict) -> str:
+    """The first setting in which two fingerprints differ, with both values."""
+    name = next(name for name in [*ours, *theirs] if theirs.get(name) != ours.get(name))
+    return f"{name} ({theirs.get(name)}, now {ours.get(name)})"
+
+
+def generate(
+    model, tokenizer, prompt_ids: list[list[int]], eos: list[int], settings, title: str, log=None, stream: int = 0
+) -> list[list[int]]:
+    """One completion for each prompt, up to and including its first EOS, in the prompts' order.
+
+    Batch b of the prompts sorted by length is drawn with a seed made of `settings.seed`, `stream` and b, so that two
+    models draw from the same random numbers and a resumed run draws what an unbroken one would. `log` takes each
+    batch as it comes and gives those that it has already. InputError if generation fails.
+    """
+    set_stop_ids(model, tokenizer, eos)
+    completions: dict[int, list[int]] = {} if log is None else dict(log.ids)
+    by_length = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))  # longest first: memory
+    for number, indices in enumerate(batches(by_length, settings.batch_size, f"generate {title}")):
+        if all(index in completions for index in indices):
+            continue
+        torch.manual_seed(int(np.random.SeedSequence([settings.seed, stream, number]).generate_state(1)[0]))
+        try:
+            ids = _sample(model, tokenizer, [prompt_ids[index] for index in indices], eos, settings)
+        except RuntimeError as error:  # no chances to draw from (NaN weights), or no memory
+            raise InputError(f"the {title} model cannot generate: {first_line(error)}") from error
+        completions |= dict(zip(indices, ids, strict=True))
+        if log is not None:
+            log.append(indices, ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return [completions[index] for index in range(len(prompt_ids))]
+
+
+def _sample(model, tokenizer, prompt_ids: list[list[int]], eos: list[int], settings) -> list[list[int]]:
+    from scoring import pad_batch
+
+    batch = pad_batch(prompt_ids, [[]] * len(prompt_ids), tokenizer.pad_token_id)
+    sequences = model.generate(
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+    )
+    return [cut_after_eos(ids, eos) for ids in sequences[:, batch["input_ids"].size(1) :].tolist()]
+
+
+def sequence_logprobs(
+    model, prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_id: int, settings, title: str
+) -> np.ndarray:
+    """Σ_t log π(y_t | prompt, y_<t) of each completion (n,), in nats, at the sampling temperature.
+
+    `model` has been taught to score by `scoring.add_scoring_forward` at that temperature. Sums are in float64.
+    """
+    from scoring import pad_batch
+
+    sums = np.zeros(len(prompt_ids))
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for indices in batches(by_length, settings.batch_size, f"score tokens by {title}"):
+        batch = pad_batch([prompt_ids[i] for i in indices], [completion_ids[i] for i in indices], pad_id)
+        width = batch.pop("completion_mask").size(1)
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.no_grad():
+            log_probs = model(**inputs, num_completion_tokens=width).log_probs  # 0 where they are padding
+        sums[indices] = log_probs.double().sum(1).cpu().numpy()
+    return sums
+
+
+def batches(indices: Sequence[int], size: int, title: str) -> Iterator[list[int]]:
+    """`indices` in order, at most `size` at a time, under a progress bar of samples."""
+    with tqdm(total=len(indices), desc=title, unit="sample") as bar:
+        for start in range(0, len(indices), size):
+            yield list(indices[start : start + size])
+            bar.update(min(size, len(indices) - start))

@@ -1,0 +1,105 @@
+"""What produced a results file: sources with their hashes, versions, hardware, peak memory, commit."""
+
+import hashlib
+import platform
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from eval.loading import base_of_adapter, is_adapter
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
+LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft", "scipy", "rouge-score", "matplotlib", "jinja2")
+SETTINGS = ("n_prompts", "max_new_tokens", "temperature", "batch_size", "prompt_tokens", "n_samples", "best_of")
+
+
+def describe_run(args, argv: list[str], plan, schema_version: int) -> dict:
+    """What produced the results: command, settings, sources with hashes, versions, hardware, commit."""
+    prompts = {"source": args.prompts, "split": args.split, "column": args.prompt_column}
+    prompts |= {"reference_column": args.reference_column, "n": len(plan.prompts.texts)}
+    return {
+        "schema_version": schema_version,
+        "command": f"python -m eval.compare {shlex.join(argv)}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": args.seed,
+        "settings": {name: getattr(args, name) for name in SETTINGS} | {"dtype": "float32"},
+        "prompts": prompts | {"sha256": plan.prompts.sha256()},
+        "models": {"base": plan.sources[args.base]},
+        "rewards": {
+            spec.name: describe_source(spec.path or spec.spec) | {"path": spec.spec, "judge": spec.judge}
+            for spec in plan.specs.values()
+        },
+        "pairs": None,
+        "versions": describe_versions(),
+        "hardware": describe_hardware(),
+        "git_commit": git_commit(),
+    }
+
+
+def describe_model(path: str, config) -> dict:
+    """`describe_source`, with the commit of a model from the Hub and the base model of an adapter."""
+    described = describe_source(path)
+    revision = getattr(config, "_commit_hash", None)
+    if described["sha256"] is None and revision:
+        described["revision"] = revision
+    if is_adapter(path):
+        described["adapter_of"] = describe_source(base_of_adapter(path))
+    return described
+
+
+def describe_source(path: str) -> dict:
+    """A model's path and, if it is a local folder, the SHA-256 over the names and contents of its weight files."""
+    folder = Path(path)
+    files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return {"path": path, "sha256": digest.hexdigest() if files else None}
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's version and that of every library that can change a figure or a picture."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def describe_hardware() -> dict:
+    """The CPU's model, the threads torch uses, and the GPU's name or None."""
+    try:
+        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        cpu = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    name = cpu[1] if cpu else platform.processor() or platform.machine()
+    return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def peak_memory() -> dict[str, int | None]:
+    """The most bytes this process has held so far: resident memory, and the GPU's by torch or None."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"process": resident, "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None}
+
+
+def git_commit(root: Path = ROOT) -> str | None:
+    """The project's commit, with `-dirty` if anything differs from it; None if `root` is not a repository's top."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

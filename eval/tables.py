@@ -1,0 +1,238 @@
+"""The sentences, tables and facts of a report as plain text, from a results file alone; nothing here is escaped."""
+
+from dataclasses import dataclass
+
+from eval.best_of_n import verdict_sentence
+
+NONE = "–"
+REWARD_LABELS = {
+    "mean": "mean",
+    "median": "median",
+    "share_positive": "share above 0",
+    "win_rate": "win rate of tuned over base",
+}
+METRIC_LABELS = {
+    "kl": "KL(tuned‖base), nats per sequence",
+    "kl_per_token": "KL(tuned‖base), nats per token",
+    "length": "completion length, tokens",
+    "missing_eos": "share without EOS",
+    "distinct_unigrams": "share of distinct words",
+    "distinct_bigrams": "share of distinct bigrams",
+    "distinct_trigrams": "share of distinct trigrams",
+    "self_repetition": "self-repetition",
+    "perplexity": "perplexity under the base",
+    "rouge1": "ROUGE-1 against the reference",
+    "rouge2": "ROUGE-2 against the reference",
+    "rougeL": "ROUGE-L against the reference",
+}
+PAIR_LABELS = {
+    "accuracy": "accuracy",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "overconfidence": "overconfidence",
+}
+METRICS_NOTE = (
+    "Value and 95 % interval. Both models sampled from the same prompts, so differences are paired. Bootstrap over "
+    "prompts; for distinct n-grams a delete-one jackknife. KL is measured on the tuned model's samples, at the "
+    "sampling temperature, and so is perplexity. A judge is a reward that training never saw. An interval of no width "
+    "means that all samples agree, not that the value is certain."
+)
+RUNS_NOTE = (
+    "A row a run, value and 95 % interval over prompts. The last row is the mean over runs ± its standard deviation, "
+    "with Student's t interval over runs."
+)
+BEST_OF_NOTE = (
+    "Samples of the base, of which {reward} picks one in n; expected over {samples_per_prompt} samples of each of the "
+    "first {n_prompts} prompts. Their KL to the base is at most log n − (n−1)/n nats, so the tuned model is compared "
+    "where its KL equals that bound, which favours it."
+)
+PAIRS_NOTE = (
+    "How each reward orders judged pairs, ties counting half. The rest holds for reward models trained by the "
+    "Bradley–Terry loss: the chance of a pair is the sigmoid of its margin; overconfidence is the mean chance of the "
+    "preferred text minus the accuracy, 0 if calibrated."
+)
+
+
+@dataclass
+class Table:
+    """A table with its title, an explanation, the header and rows of plain text."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def label_of(results: dict, name: str) -> str:
+    """A reward's name; a judge is marked as such."""
+    return f"{name} (judge)" if results["rewards"][name].get("judge") else name
+
+
+def title_of(results: dict) -> str:
+    """What was compared, as a heading."""
+    base = results["models"]["base"]["path"]
+    tuned = results["models"]["tuned"]["path"] if results["kind"] == "comparison" else f"{len(results['runs'])} runs"
+    return f"{tuned} against {base}"
+
+
+def tables(results: dict) -> list[Table]:
+    """Every table of the report, the metrics first."""
+    if results["kind"] == "runs":
+        return [
+            runs_table(results),
+            *([best_of_table(results)] if results["best_of_n"] else []),
+            *_pairs_tables(results),
+        ]
+    header = ["metric", "base", "tuned", "tuned − base", "n"]
+    found = [Table("Figures", METRICS_NOTE, header, [list(row) for row in table_rows(results)])]
+    if results["sweep"]:
+        note = "The same figures for each checkpoint of the run; value and 95 % interval over prompts."
+        rows = [[run["name"], *_run_cells(results, run["metrics"], "tuned")] for run in results["sweep"]]
+        rows.insert(0, ["base", *_run_cells(results, results["metrics"], "base")])
+        found.append(Table("Checkpoints", note, ["checkpoint", *_run_header(results)], rows))
+    if results["best_of_n"]:
+        found.append(best_of_table(results))
+    return [*found, *_pairs_tables(results)]
+
+
+def table_rows(results: dict) -> list[tuple[str, str, str, str, str]]:
+    """The rows of the metrics: metric, base, tuned, difference (each `value [low, high]`) and n."""
+    metrics = results["over_runs"] if results["kind"] == "runs" else results["metrics"]
+    rows = [
+        _row(f"{label_of(results, name)}: {label}", estimates[key])
+        for name, estimates in metrics["rewards"].items()
+        for key, label in REWARD_LABELS.items()
+    ]
+    return rows + [_row(label, metrics[key]) for key, label in METRIC_LABELS.items() if key in metrics]
+
+
+def runs_table(results: dict) -> Table:
+    """A row a run, the base first and the mean over runs last."""
+    first = results["runs"][0]["metrics"]
+    rows = [["base", *_run_cells(results, first, "base")]]
+    rows += [[run["name"], *_run_cells(results, run["metrics"], "tuned")] for run in results["runs"]]
+    rows.append([f"mean of {len(results['runs'])}", *_run_cells(results, results["over_runs"], "tuned")])
+    return Table("Runs", RUNS_NOTE, ["run", *_run_header(results)], rows)
+
+
+def best_of_table(results: dict) -> Table:
+    """A row for each n, with every reward; the tuned model on the same prompts last."""
+    found = results["best_of_n"]
+    names = list(results["rewards"])
+    rows = [
+        [f"best of {point['n']}", f"≤ {point['kl']:.2f}", *(estimate_text(point["rewards"][name]) for name in names)]
+        for point in found["points"]
+    ]
+    if found["at_equal_kl"]:
+        tuned = [estimate_text(found["at_equal_kl"]["tuned"]) if name == found["reward"] else NONE for name in names]
+        rows.append(["tuned, on the same prompts", f"{found['at_equal_kl']['kl']:.2f}", *tuned])
+    header = ["", "KL, nats", *(f"{label_of(results, name)}: mean" for name in names)]
+    return Table("Best-of-n", BEST_OF_NOTE.format(**found), header, rows)
+
+
+def sentences(results: dict) -> list[str]:
+    """The answer in words: better or not by each reward, at what price, and against best-of-n."""
+    metrics = results["over_runs"] if results["kind"] == "runs" else results["metrics"]
+    found = [_reward_sentence(results, name, each["mean"]) for name, each in metrics["rewards"].items()]
+    kl, length, trigrams = (metrics[name] for name in ("kl", "length", "distinct_trigrams"))
+    found.append(
+        f"The price: a KL to the base of {estimate_text(kl['tuned'])} nats per sequence; length changes by "
+        f"{estimate_text(length['difference'], '+')} tokens, the share of distinct trigrams by "
+        f"{estimate_text(trigrams['difference'], '+')}."
+    )
+    if results["best_of_n"] and results["best_of_n"]["at_equal_kl"]:
+        found.append(verdict_sentence(results["best_of_n"]["at_equal_kl"], results["best_of_n"]["reward"]))
+    return found
+
+
+def facts(results: dict) -> dict[str, str]:
+    """Where the results come from, by name."""
+    prompts, hardware, memory = results["prompts"], results["hardware"], results["peak_memory_bytes"]
+    tuned = results["runs"] if results["kind"] == "runs" else [{"name": "tuned", "model": results["models"]["tuned"]}]
+    resumed = f", going on from {results['resumed']} completions" if results["resumed"] else ""
+    gpu_memory = f", {memory['gpu'] / 2**20:.0f} MiB of GPU memory" if memory["gpu"] else ""
+    return {
+        "command": results["command"],
+        "created": f"{results['created']}, in {results['wall_seconds']:.0f} s{resumed}",
+        "commit": results["git_commit"] or "not in git",
+        "base": _source(results["models"]["base"]),
+        **{run["name"]: _source(run["model"]) for run in tuned},
+        **{f"reward {name}": _source(reward) for name, reward in results["rewards"].items()},
+        "prompts": f"{prompts['source']}, split {prompts['split']}, first {prompts['n']}, sha256 {prompts['sha256']}",
+        "settings": ", ".join(f"{name} {value}" for name, value in results["settings"].items()),
+        "seed": str(results["seed"]),
+        "hardware": f"{hardware['cpu']}, {hardware['threads']} threads, GPU {hardware['gpu'] or 'none'}",
+        "peak memory": f"{memory['process'] / 2**20:.0f} MiB{gpu_memory}",
+        "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+    }
+
+
+def estimate_text(estimate: dict | None, sign: str = "") -> str:
+    """`value [low, high]`, `value ± sd [low, high]` over runs; `sign="+"` writes the sign of positive numbers too."""
+    if estimate is None or estimate["mean"] is None:
+        return NONE
+    style = f"{sign}z.3f"  # z: a rounded −0.0004 is 0.000
+    spread = f" ± {estimate['sd']:.3f}" if estimate.get("sd") is not None else ""
+    if estimate["low"] is None:
+        return f"{estimate['mean']:{style}}{spread}"
+    return f"{estimate['mean']:{style}}{spread} [{estimate['low']:{style}}, {estimate['high']:{style}}]"
+
+
+def worst(results: dict, name: str, n: int = 5) -> list[dict]:
+    """The samples whose tuned completions score lowest by the reward, lowest first."""
+    return sorted(results["samples"], key=lambda sample: sample["tuned"]["scores"][name])[:n]
+
+
+def _row(label: str, metric: dict) -> tuple[str, str, str, str, str]:
+    tuned = metric["tuned"]
+    return (
+        label,
+        estimate_text(metric["base"]),
+        estimate_text(tuned),
+        estimate_text(metric["difference"], "+"),
+        NONE if tuned is None else str(tuned["n"]),
+    )
+
+
+def _run_header(results: dict) -> list[str]:
+    rewards = [label_of(results, name) for name in results["rewards"]]
+    columns = [f"{name}: {what}" for name in rewards for what in ("mean", "win rate")]
+    return [*columns, "KL, nats", "length, tokens", "distinct trigrams"]
+
+
+def _run_cells(results: dict, metrics: dict, side: str) -> list[str]:
+    cells = [metrics["rewards"][name][key][side] for name in results["rewards"] for key in ("mean", "win_rate")]
+    return [
+        estimate_text(cell) for cell in [*cells, *(metrics[k][side] for k in ("kl", "length", "distinct_trigrams"))]
+    ]
+
+
+def _pairs_tables(results: dict) -> list[Table]:
+    if not results["pairs"]:
+        return []
+    measured = results["pairs"]["rewards"]
+    rows = [
+        [label_of(results, name), *(estimate_text(each[key]) for key in PAIR_LABELS), str(each["accuracy"]["n"])]
+        for name, each in measured.items()
+    ]
+    return [Table("Judged pairs", PAIRS_NOTE, ["reward", *PAIR_LABELS.values(), "n"], rows)]
+
+
+def _reward_sentence(results: dict, name: str, mean: dict) -> str:
+    difference = mean["difference"]
+    if difference["low"] is None:
+        verdict = "differs, by one run"
+    elif difference["low"] > 0:
+        verdict = "is higher"
+    else:
+        verdict = "is lower" if difference["high"] < 0 else "shows no difference"
+    return (
+        f"By {label_of(results, name)} the tuned model's mean {verdict}: {mean['base']['mean']:z.3f} to "
+        f"{mean['tuned']['mean']:z.3f}, difference {estimate_text(difference, '+')}."
+    )
+
+
+def _source(source: dict) -> str:
+    known = [f"{key} {source[key]}" for key in ("sha256", "revision") if source.get(key)]
+    adapter = [f"adapter of {_source(source['adapter_of'])}"] if "adapter_of" in source else []
+    return ", ".join([source["path"], *known, *adapter])

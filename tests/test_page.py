@@ -1,0 +1,199 @@
+"""report.html without a browser: it escapes what models wrote, loads nothing, and says what its pictures show."""
+
+import base64
+import copy
+import hashlib
+import html
+import itertools
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from eval import figures, page
+from page_results import HOSTILE, make_results, make_runs_results
+
+VOID = {"meta", "br", "input", "link", "img", "hr"}
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, text by element, and whether all elements are closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+    def named(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return make_results()
+
+
+@pytest.fixture(scope="module")
+def rendered(results) -> SimpleNamespace:
+    text = page.render_page(results)
+    return SimpleNamespace(text=text, elements=Elements(text))
+
+
+def test_every_element_is_closed_and_no_id_occurs_twice(rendered):
+    assert rendered.elements.open == []
+    ids = [attributes["id"] for _, attributes in rendered.elements.tags if "id" in attributes]
+    assert len(ids) > 50
+    assert len(ids) == len(set(ids))
+
+
+def test_links_and_references_lead_to_an_id_of_the_page(rendered):
+    ids = {attributes["id"] for _, attributes in rendered.elements.tags if "id" in attributes}
+    links = [a[key] for _, a in rendered.elements.tags for key in ("href", "xlink:href") if key in a]
+    links += re.findall(r'="url\((#[^)]+)\)"', rendered.text)
+    assert len(links) > 20
+    assert {link.removeprefix("#") for link in links} <= ids
+
+
+def test_nothing_is_loaded_from_anywhere(rendered):
+    for _, attributes in rendered.elements.tags:
+        for key in ("src", "href", "xlink:href", "action", "srcset", "data"):
+            assert attributes.get(key, "#").startswith("#")
+    assert not {"link", "img", "iframe", "object", "embed", "base", "foreignobject"} & {
+        tag for tag, _ in rendered.elements.tags
+    }
+    style = "".join(rendered.elements.text["style"])
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_the_policy_allows_the_one_script_and_the_one_style_sheet_by_hash(rendered):
+    [policy] = [meta["content"] for meta in rendered.elements.named("meta") if "http-equiv" in meta]
+    directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert directives["default-src"] == "'none'"
+    for tag in ("script", "style"):
+        assert len(rendered.elements.named(tag)) == 1
+        source = "".join(rendered.elements.text[tag])
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert directives[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert not any("style" in attributes for _, attributes in rendered.elements.tags)
+    assert not any(key.startswith("on") for _, attributes in rendered.elements.tags for key in attributes)
+
+
+def with_hostile_texts(results: dict) -> int:
+    """Puts hostile text wherever text stands that no command line checks; returns at how many places it shows."""
+    sample = results["samples"][1]
+    sample["prompt"] = sample["reference"] = sample["base"]["completion"] = sample["tuned"]["completion"] = HOSTILE
+    results["models"]["tuned"] = {"path": HOSTILE, "sha256": None}
+    results["sweep"][0]["name"] = results["training"]["source"] = results["command"] = HOSTILE
+    return 4 + 3 + 3 + 1  # the sample; title, heading, fact; table, picture, fact; caption
+
+
+def with_hostile_names(results: dict) -> int:
+    """The same for the name of a reward, as a results file that this program did not write may have."""
+    renamed = [results["rewards"], results["metrics"]["rewards"], results["pairs"]["rewards"]]
+    renamed += [run["metrics"]["rewards"] for run in results["sweep"][:-1]]  # the last one's are the results'
+    renamed += [point["rewards"] for point in results["best_of_n"]["points"]]
+    renamed += [sample[role]["scores"] for sample in results["samples"] for role in ("base", "tuned")]
+    for names in renamed:
+        names[HOSTILE] = names.pop("judge")
+    return 2 * len(results["samples"])
+
+
+@pytest.mark.parametrize("change", [with_hostile_texts, with_hostile_names])
+def test_hostile_text_shows_as_text_wherever_it_stands(results, rendered, change):
+    hostile = copy.deepcopy(results)
+    places = change(hostile)
+    elements = Elements(page.render_page(hostile))
+    assert elements.open == []
+    assert {tag for tag, _ in elements.tags} == {tag for tag, _ in rendered.elements.tags}
+    assert len(elements.named("script")) == 1
+    assert not any(key.startswith("on") or key == "style" for _, attributes in elements.tags for key in attributes)
+    shown = [text for texts in elements.text.values() for text in texts if HOSTILE in text]
+    assert len(shown) >= places
+
+
+def test_a_completion_shows_whole_and_its_controls_as_replacement_characters(results):
+    changed = copy.deepcopy(results)
+    changed["samples"][0]["tuned"]["completion"] = "one\n\ttwo\x00\x1b[31m\u202e & <b>"
+    text = page.render_page(changed)
+    assert html.escape("one\n\ttwo\ufffd\ufffd[31m\ufffd & <b>") in text
+    assert not set("\x00\x1b\u202e") & set(text)
+
+
+def test_every_picture_has_a_description_a_caption_and_colours_of_the_page_only(results, rendered):
+    drawn = figures.pictures(results)
+    names = {picture.name for picture in drawn}
+    assert {"score-reward", "score-judge", "length", "kl-reward", "frontier", "training", "calibration"} <= names
+    labelled = [svg for svg in rendered.elements.named("svg") if svg.get("role") == "img"]
+    assert [svg["aria-label"] for svg in labelled] == [picture.description for picture in drawn]
+    for picture in drawn:
+        assert ElementTree.fromstring(picture.svg).tag.endswith("svg")
+        assert len(picture.description) > 30
+        assert picture.caption
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", picture.svg)) | set(
+            re.findall(r"(?:fill|stroke): (\w+)", picture.svg)
+        )
+        assert colours <= {"none", "currentColor", "var"}, picture.name
+
+
+@pytest.mark.parametrize("values", [[0.25] * 40, [7.0] * 40, [1e-9 * i for i in range(39)] + [1e9], range(40)])
+def test_a_histogram_counts_every_sample_once_in_few_bins_whatever_the_values(values):
+    edges = figures._edges(np.array(values, dtype=float))
+    assert 2 <= len(edges) <= 41
+    assert np.histogram(values, edges)[0].sum() == 40
+    assert (np.diff(edges) > 0).all()
+
+
+def test_the_same_results_give_the_same_page(results, rendered):
+    assert page.render_page(results) == rendered.text
+
+
+def test_the_page_is_accessible_by_its_structure(rendered):
+    elements = rendered.elements
+    assert elements.named("html")[0]["lang"] == "en"
+    assert elements.text["title"]
+    assert len(elements.named("h1")) == 1
+    levels = [int(tag[1]) for tag, _ in elements.tags if re.fullmatch("h[1-6]", tag)]
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert all("scope" in header for header in elements.named("th"))
+    inside_labels = re.findall(r"<label>.*?</label>", rendered.text, re.DOTALL)
+    controls = len(elements.named("input")) + len(elements.named("select"))
+    assert sum(label.count("<input") + label.count("<select") for label in inside_labels) == controls == 4
+
+
+def test_without_a_script_every_sample_shows_and_the_filter_does_not(rendered, results):
+    articles = [a for a in rendered.elements.named("article") if a["id"].startswith("sample-")]
+    assert len(articles) == len(results["samples"])
+    assert not any("hidden" in article for article in articles)
+    assert "hidden" in rendered.elements.named("form")[0]
+
+
+def test_a_page_of_several_runs_has_a_row_for_each_and_no_samples():
+    results = make_runs_results()
+    elements = Elements(page.render_page(results))
+    assert elements.open == []
+    rows = "".join(elements.text["th"])
+    assert all(run["name"] in rows for run in results["runs"])
+    assert elements.named("script") == []
+    assert len([svg for svg in elements.named("svg") if svg.get("role") == "img"]) == len(results["rewards"]) + 3
