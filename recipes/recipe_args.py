@@ -43,7 +43,7 @@ def one_line_errors():
             raise
         rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
         if rank == 0 or isinstance(error, ValueError):  # every rank reads the same settings, but has its own samples
-            print(_first_line(error), file=sys.stderr)
+            print(_model_asked_for(error) + _first_line(error), file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -56,6 +56,15 @@ def _can_be_mended(error) -> bool:
     while frame.tb_next:
         frame = frame.tb_next
     return isinstance(error, ValueError) and Path(frame.tb_frame.f_code.co_filename).resolve().parent == HERE
+
+
+def _model_asked_for(error) -> str:
+    """`name: ` of the model that could not be loaded: transformers' own message may leave it out."""
+    frame, name = error.__traceback__, None
+    while frame and not name:
+        name = frame.tb_frame.f_locals.get("pretrained_model_name_or_path")
+        frame = frame.tb_next
+    return f"{name}: " if isinstance(error, OSError) and name and str(name) not in _first_line(error) else ""
 
 
 def _first_line(error) -> str:

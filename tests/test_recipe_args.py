@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
+from transformers import AutoTokenizer
 from trl import GRPOConfig, ModelConfig, RewardConfig, ScriptArguments
 
 import recipe_args
@@ -277,6 +278,15 @@ def test_a_users_mistake_ends_main_with_its_first_line(error, capsys):
         with pytest.raises(SystemExit, match="2"):
             main()
         assert capsys.readouterr().err == "one\n"
+
+
+def test_a_model_that_is_out_of_reach_is_named(capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        AutoTokenizer.from_pretrained("some-org/some-model")
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "some-org/some-model" in lines[0]
 
 
 def test_errors_that_may_be_bugs_keep_their_traceback():
