@@ -34,8 +34,8 @@ CPU = "--use_cpu true --bf16 false --report_to none --save_strategy no --gradien
 PPO = f"{CPU} --eval_strategy steps --eval_on_start true --test_prompts 256"
 SENTIMENT = (
     f"{PPO} --model_name_or_path {LM} --dataset_name data/imdb/prompts --prompt_column prompt --min_prompt_tokens 1 "
-    "--prompt_tokens 2 8 --max_completion_length 24 --total_episodes 2560 --per_device_train_batch_size 128 "
-    "--gradient_accumulation_steps 1 --learning_rate 3e-4 --eval_steps 80 --logging_steps 20"
+    "--prompt_tokens 2 8 --max_completion_length 24 --total_episodes 1280 --per_device_train_batch_size 128 "
+    "--gradient_accumulation_steps 1 --learning_rate 3e-4 --eval_steps 40 --logging_steps 20"
 )
 
 
@@ -65,9 +65,9 @@ def jobs(tokenizer, small_lm, imdb):
         ),
         ("length_gpt2_large_reward_scratch", "length_gpt2_large_reward", "", gpt2),
         ("length_gpt2_large_ppo_scratch", "length_gpt2_large_ppo", "", gpt2),
-        ("qwen_summarize_sft_scratch", "qwen_summarize_sft", qwen, "Qwen2 20 M from scratch"),
-        ("qwen_summarize_reward_scratch", "qwen_summarize_reward", "", "Qwen2 20 M from scratch"),
-        ("qwen_summarize_ppo_scratch", "qwen_summarize_ppo", "", "Qwen2 20 M from scratch"),
+        ("qwen_summarize_sft_scratch", "qwen_summarize_sft", qwen, "Qwen2 10 M from scratch"),
+        ("qwen_summarize_reward_scratch", "qwen_summarize_reward", "", "Qwen2 10 M from scratch"),
+        ("qwen_summarize_ppo_scratch", "qwen_summarize_ppo", "", "Qwen2 10 M from scratch"),
         (
             "sentiment_gpt2_sft",
             "sentiment_gpt2_sft",
@@ -79,7 +79,7 @@ def jobs(tokenizer, small_lm, imdb):
             (
                 name,
                 "sentiment_gpt2_reward",
-                f"{CPU} --scratch_layers 2 --dataset_name data/imdb/pairs --max_length 128 --max_steps 300 "
+                f"{CPU} --scratch_layers 2 --dataset_name data/imdb/pairs --max_length 128 --max_steps 100 "
                 f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --learning_rate 5e-4 {more}",
                 bert,
             )
@@ -92,7 +92,7 @@ def jobs(tokenizer, small_lm, imdb):
         (
             "sentiment_gpt2_reward_hh",
             "sentiment_gpt2_reward",
-            f"{CPU} --model_name_or_path {small_lm} --max_length 256 --learning_rate 1e-4",
+            f"{CPU} --model_name_or_path {small_lm} --max_length 256 --learning_rate 1e-4 --train_pairs 800",
             small_lm,
         ),
         *[
@@ -109,7 +109,7 @@ def jobs(tokenizer, small_lm, imdb):
         (
             "length_gpt2_large_reward",
             "length_gpt2_large_reward",
-            f"{CPU} --model_name_or_path {small_lm} --max_length 256 --learning_rate 1e-4",
+            f"{CPU} --model_name_or_path {small_lm} --max_length 256 --learning_rate 1e-4 --train_pairs 800",
             small_lm,
         ),
         (
@@ -121,7 +121,7 @@ def jobs(tokenizer, small_lm, imdb):
             gpt2,
         ),
         *[
-            (f"qwen_summarize_{stage}{kind}", f"qwen_summarize_{stage}", options, "Qwen2 20 M from scratch")
+            (f"qwen_summarize_{stage}{kind}", f"qwen_summarize_{stage}", options, "Qwen2 10 M from scratch")
             for kind in ("", "_qlora")
             for stage, options in (
                 ("sft", f"{lora_qwen} --dataset_name {qwen_data}/sft --dataset_test_split test --max_steps 10"),
