@@ -2,7 +2,7 @@
 
     python benchmarks/ppo_throughput.py
     python benchmarks/ppo_throughput.py --job sentiment --repeats 5
-    python benchmarks/ppo_throughput.py --job gpt2 gpt2_large_lora qwen05_lora qwen15_qlora --repeats 2
+    python benchmarks/ppo_throughput.py --job gpt2 gpt2_large_lora qwen05_lora qwen15_qlora --rollouts 2 --minutes 10
     python benchmarks/ppo_throughput.py --grow --repeats 1
     python benchmarks/ppo_throughput.py --smoke
 
@@ -15,11 +15,13 @@ spares this trainer the second trunk that TRL's trains, which is a choice of alg
 separate critic as well.
 
 Prints medians, ranges and ratios of each pair, and writes them, every run, hardware and versions to
-`runs/throughput/<job>.json`. `--grow` measures this trainer alone while one size of the sentiment job grows, and writes
-`growth.json` and `growth.svg` (drawn with matplotlib) there. The machine has to be otherwise idle.
+`runs/throughput/<job>.json`; with `--minutes` it makes fewer repeats where they would take longer. `--grow` measures
+this trainer alone while one size of the sentiment job grows, and writes `growth.json` and `growth.svg` (drawn with
+matplotlib) there. The machine has to be otherwise idle.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -28,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,8 +67,10 @@ def trl112_python(folder):
     wanted = "\n".join(pins()) + "\n"
     if not installed.exists() or installed.read_text() != wanted:
         print(f"making the environment of {TRL} in {folder}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *pins()], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *pins()]
+        for command in ([sys.executable, "-m", "venv", str(folder)], install):
+            if subprocess.run(command).returncode:
+                raise SystemExit(f"{folder}: '{command[2]}' failed, see above; --ours_only does without it")
         installed.write_text(wanted)
     return str(python)
 
@@ -76,6 +81,16 @@ def environment(job, threads):
     own |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     own |= {"ACCELERATE_MIXED_PRECISION": job.mixed_precision}
     return os.environ | own | ({} if job.gpu else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def check_machine(jobs, grows):
+    """Raise `SystemExit` where a job needs a GPU and torch finds none, or matplotlib is missing for the figure."""
+    named = [job.name for job in jobs if job.gpu]
+    has_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"  # in a process of its own: this stays small
+    if named and subprocess.run([sys.executable, "-c", has_gpu]).returncode:
+        raise SystemExit(f"job: {', '.join(named)} needs a GPU, and torch finds none; --smoke runs it small on a CPU")
+    if grows and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("grow: its figure is drawn with matplotlib, which is not installed; pip install matplotlib")
 
 
 def start(python, job, threads, *arguments):
@@ -111,15 +126,23 @@ def run(python, side, job, models, rollouts, threads):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def measure(job, folder, sides, repeats, rollouts, threads):
-    """Every run of a job, by side; the sides take turns, so that a slower hour of the machine meets all of them."""
+def measure(job, folder, sides, repeats, rollouts, threads, minutes=None):
+    """Every run of a job, by side; the sides take turns, so that a slower hour of the machine meets all of them.
+
+    With `minutes` no repeat but the first is begun that would, lasting as long as the one before, end later.
+    """
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     models = built(job, folder, threads)
     python = {side: trl112_python(folder / "venv112") if side == THEIRS else sys.executable for side in sides}
     runs = {side: [] for side in sides}
     for repeat in range(repeats):
+        begun = time.monotonic()
         for side in sides:
             runs[side].append(run(python[side], side, job, models, rollouts, threads))
             print(f"{job.name}, {side}, {repeat + 1} of {repeats}: {describe(runs[side][-1])}", flush=True)
+        if repeat + 1 < repeats and 2 * time.monotonic() - begun > deadline:
+            print(f"{job.name}: no time for another repeat, {repeat + 1} of {repeats} done", flush=True)
+            break
     check_like_for_like(runs)
     return runs
 
@@ -204,7 +227,7 @@ def report(job, folder, sides, settings, where):
     summary = summarise(runs)
     content = {"job": json.loads(job.to_json()), **where, "settings": settings, "summary": summary, "runs": runs}
     write(folder / f"{job.name}.json", content)
-    print(f"\n{job.name}, n = {settings['repeats']}, median [lowest, highest]\n\n{table(summary)}\n", flush=True)
+    print(f"\n{job.name}, n = {len(runs[OURS])}, median [lowest, highest]\n\n{table(summary)}\n", flush=True)
     if job.episodes:
         for side in sides:
             minutes = job.episodes / summary[side]["samples_per_second"]["median"] / 60
@@ -224,8 +247,8 @@ def exponent(x, y):
     return products / sum((a - mean_x) ** 2 for a in x)
 
 
-def grow(points, folder, settings, where):
-    """`points` as `throughput_jobs.growing` has them; writes every run, exponents, and a figure."""
+def grow(points, folder, figure, settings, where):
+    """`points` as `throughput_jobs.growing` has them; writes `figure`, and every point and exponent beside it."""
     series = {}
     for name, value, job in points:
         summary = summarise(measure(job, folder, [OURS], **settings))[OURS]
@@ -237,10 +260,10 @@ def grow(points, folder, settings, where):
         }
         series.setdefault(name, []).append(point)
     exponents = {name: fit(points) for name, points in series.items()}
-    write(folder / "growth.json", {**where, "settings": settings, "series": series, "exponents": exponents})
+    write(figure.with_suffix(".json"), {**where, "settings": settings, "series": series, "exponents": exponents})
     for name, fitted in exponents.items():
         print(f"{name}: " + ", ".join(f"{key} ∝ x^{value:.2f}" for key, value in fitted.items()))
-    draw(series, exponents, folder / "growth.svg")
+    draw(series, exponents, figure)
 
 
 def fit(points):
@@ -283,6 +306,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3, help="runs of each trainer (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=3, help="timed ones of each run (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of each run (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="of all jobs together, in equal parts: fewer repeats if need be")
     parser.add_argument("--ours_only", action="store_true", help="this trainer alone, and no environment for TRL 1.12")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one repeat: whether it runs, not how fast")
     parser.add_argument(
@@ -296,17 +320,21 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in ("repeats", "rollouts", "threads")}
     if args.smoke:
         settings = {"repeats": 1, "rollouts": 1, "threads": 1}
+    jobs = [] if args.grow else [tiny(JOBS[name]) if args.smoke else JOBS[name] for name in args.job]
+    check_machine(jobs, args.grow)
     args.output.mkdir(parents=True, exist_ok=True)
     where = provenance(sys.argv[1:] if argv is None else argv)
     if args.grow:
         points = growing(tiny(JOBS["sentiment"]), {"batch size": (4, 8, 16)}) if args.smoke else growing()
-        grow(points, args.output, settings, where)
+        figure = args.output / ("smoke-growth.svg" if args.smoke else "growth.svg")
+        grow(points, args.output, figure, settings, where)
         return
-    for name in args.job:
+    if args.minutes:
+        settings["minutes"] = args.minutes / len(jobs)
+    for name, job in zip(args.job, jobs, strict=True):
         sides = [OURS] if args.ours_only else [OURS, THEIRS]
         if not JOBS[name].gpu:
             sides.append(SEPARATE)
-        job = tiny(JOBS[name]) if args.smoke else JOBS[name]
         report(job, args.output, sides, settings, where)
 
 

@@ -130,7 +130,7 @@ def tiny(job):
         size = {**QWEN2_25M, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     shape = {"prompt_tokens": (4, 12), "new_tokens": (2, 10) if job.ragged else (6, 6)}
     small = {"size": size, "vocab_size": 400, "batch": 8, "micro_batch": 4 if job.micro_batch < job.batch else 8}
-    return replace(job, name=f"smoke-{job.name}", gpu=False, mixed_precision="no", **small, **shape)
+    return replace(job, name=f"smoke-{job.name}", gpu=False, mixed_precision="no", episodes=None, **small, **shape)
 
 
 GROWTH = {

@@ -184,12 +184,36 @@ def test_growth_is_written_as_numbers_and_as_a_figure(tmp_path, measured, monkey
     monkeypatch.setattr(ppo_throughput, "run", run)
     monkeypatch.setattr(ppo_throughput, "built", lambda *args: tmp_path)
     ppo_throughput.main(["--smoke", "--grow", "--output", str(tmp_path)])
-    fitted = json.loads((tmp_path / "growth.json").read_text())["exponents"]["batch size"]
+    fitted = json.loads((tmp_path / "smoke-growth.json").read_text())["exponents"]["batch size"]
     assert fitted == pytest.approx({"seconds per sample": 0, "operations per sample": 0, "peak memory": 1}, abs=1e-9)
-    assert (tmp_path / "growth.svg").read_text().count("<svg") == 1
+    assert (tmp_path / "smoke-growth.svg").read_text().count("<svg") == 1
+
+
+def test_repeats_end_where_the_next_would_be_late_and_the_first_is_whole(tmp_path, measured, monkeypatch):
+    result, clock = measured("sentiment", "ours"), [0.0]
+
+    def run(*args):
+        clock[0] += 100
+        return result
+
+    monkeypatch.setattr(ppo_throughput, "run", run)
+    monkeypatch.setattr(ppo_throughput, "built", lambda *args: tmp_path)
+    monkeypatch.setattr(ppo_throughput.time, "monotonic", lambda: clock[0])
+    sides = ["ours", "ours, separate critic"]
+    for minutes, repeats in ((1, 1), (11, 3), (None, 5)):  # a repeat takes 200 s
+        runs = ppo_throughput.measure(tiny(JOBS["sentiment"]), tmp_path, sides, 5, 1, 1, minutes)
+        assert [len(runs[side]) for side in sides] == [repeats, repeats]
 
 
 def test_a_setting_out_of_range_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(SystemExit, match="repeats: 0 must be 1 or more"):
         ppo_throughput.main(["--repeats", "0", "--output", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_job_for_a_gpu_is_refused_in_one_line_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match="gpt2 needs a GPU") as stopped:
+        ppo_throughput.main(["--job", "gpt2", "--output", str(tmp_path / "none")])
+    assert "\n" not in str(stopped.value)
     assert not (tmp_path / "none").exists()
