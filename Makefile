@@ -38,4 +38,4 @@ demo: .venv/.installed
 	$(LAUNCH) recipes/sentiment_gpt2_ppo.py --config recipes/sentiment_gpt2_ppo_tiny.yaml
 	$(BIN)/python -m eval.compare --base runs/tiny/sft --tuned runs/tiny/ppo --prompts data/toy_reviews/prompts \
 		--reward reward_model=runs/tiny/reward --judge lexicon=data_prep.toy_reviews:lexicon_score \
-		--output runs/tiny/report --overwrite
+		--best_of 1 2 4 8 16 --output runs/tiny/report --overwrite

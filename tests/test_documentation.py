@@ -17,7 +17,7 @@ from ppo_config import PPOConfig
 from ppo_trainer import PPOTrainer
 from recipe_args import parse
 
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("eval/reports/*.md")]
 CODE = ("recipes", "data_prep", "eval", "benchmarks")
 SCRIPTS = [path for folder in CODE for path in sorted((ROOT / folder).glob("*.py"))]
 CONFIGS = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "accelerate_configs").glob("*.yaml"))]

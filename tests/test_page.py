@@ -5,6 +5,7 @@ import copy
 import hashlib
 import html
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -13,9 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from eval import figures, page
+from eval.report import SCHEMA_VERSION
 from page_results import HOSTILE, make_results, make_runs_results
 
+REPORTS = sorted((ROOT / "eval" / "reports").glob("*/results.json"))
 VOID = {"meta", "br", "input", "link", "img", "hr"}
 
 
@@ -187,6 +191,16 @@ def test_without_a_script_every_sample_shows_and_the_filter_does_not(rendered, r
     assert len(articles) == len(results["samples"])
     assert not any("hidden" in article for article in articles)
     assert "hidden" in rendered.elements.named("form")[0]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.parent.name)
+def test_every_committed_results_file_renders_and_says_where_it_comes_from(path):
+    results = json.loads(path.read_text())
+    assert results["schema_version"] == SCHEMA_VERSION
+    assert re.fullmatch(r"[0-9a-f]{40}", results["git_commit"]), "made from a commit, nothing changed"
+    assert " /" not in results["command"], "no path of somebody's machine"
+    assert page.render_page(results).count("<svg") >= 3
+    assert results["command"].startswith("python -m eval.compare")
 
 
 def test_a_page_of_several_runs_has_a_row_for_each_and_no_samples():
