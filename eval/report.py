@@ -20,7 +20,7 @@ from rich.text import Text
 from eval.tables import NONE, Table, facts, label_of, sentences, table_rows, tables, title_of, worst
 
 SCHEMA_VERSION = 2
-TABLE_WIDTH = 120  # characters, where the output is not a terminal and so has no width of its own
+TABLE_WIDTH = 140  # characters, where the output is not a terminal and so has no width of its own
 
 LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, and those that reorder text
@@ -74,9 +74,9 @@ def print_table(results: dict) -> None:
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
     table = TerminalTable()
-    table.add_column("metric", no_wrap=True, overflow="fold")
+    table.add_column("metric", overflow="fold")
     for column in ("base", "tuned", "tuned − base", "n"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=console.width >= 120)  # below, nothing fits
     for row in table_rows(results):
         table.add_row(*map(Text, row))  # Text: square brackets are not rich's markup here
     console.print(table)
