@@ -43,11 +43,14 @@ def jobs(tokenizer, small_lm, imdb):
     """(name, recipe, options, model) in an order in which each finds what it starts from."""
     qwen = f"--model_name_or_path {tokenizer}"
     classified = f"--reward_model {CLASSIFIER} --reward_label POSITIVE"
-    lora_qwen = f"{CPU} --model_name_or_path runs/scratch/qwen_sft --dtype float32 --max_length 512"
+    lora_qwen = (
+        f"{CPU} --model_name_or_path runs/scratch/qwen_sft --dtype float32 --max_length 448 "
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    )
     qwen_data = "data/summarize_from_feedback"
     qwen_ppo = (
-        f"{PPO} --model_name_or_path runs/scratch/qwen_sft --dtype float32 --reward_dtype float32 --test_prompts 100 "
-        f"--dataset_name {qwen_data}/prompts --dataset_test_split test --total_episodes 128 --eval_steps 16 "
+        f"{PPO} --model_name_or_path runs/scratch/qwen_sft --dtype float32 --reward_dtype float32 --test_prompts 32 "
+        f"--dataset_name {qwen_data}/prompts --dataset_test_split test --total_episodes 64 --eval_steps 8 "
         "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --learning_rate 1e-3 --log_completions false"
     )
     gpt2, bert = "GPT-2 4.2 M from scratch", "BERT from scratch"
@@ -116,16 +119,19 @@ def jobs(tokenizer, small_lm, imdb):
             "length_gpt2_large_ppo",
             "length_gpt2_large_ppo",
             f"{PPO} --model_name_or_path runs/scratch/length_sft --max_prompt_tokens 96 --max_completion_length 96 "
-            f"--reward_model runs/scratch/length_reward --reward_weights 0.05 0.5 --total_episodes 1920 "
-            "--per_device_train_batch_size 64 --gradient_accumulation_steps 1 --learning_rate 1e-3 --eval_steps 120",
+            f"--reward_model runs/scratch/length_reward --reward_weights 0.05 0.5 --total_episodes 640 "
+            "--per_device_train_batch_size 64 --gradient_accumulation_steps 1 --learning_rate 1e-3 --eval_steps 40",
             gpt2,
         ),
         *[
             (f"qwen_summarize_{stage}{kind}", f"qwen_summarize_{stage}", options, "Qwen2 10 M from scratch")
             for kind in ("", "_qlora")
             for stage, options in (
-                ("sft", f"{lora_qwen} --dataset_name {qwen_data}/sft --dataset_test_split test --max_steps 10"),
-                ("reward", f"{lora_qwen} --max_steps 20 --learning_rate 1e-3"),
+                (
+                    "sft",
+                    f"{lora_qwen} --dataset_name {qwen_data}/sft --dataset_test_split test --max_steps 5 --test_rows 20",
+                ),
+                ("reward", f"{lora_qwen} --max_steps 40 --learning_rate 1e-3"),
                 ("ppo", f"{qwen_ppo} --reward_model runs/small/qwen_summarize_reward{kind}"),
             )
         ],
