@@ -53,6 +53,7 @@ def jobs(tokenizer, small_lm, imdb):
         f"--dataset_name {qwen_data}/prompts --dataset_test_split test --total_episodes 64 --eval_steps 8 "
         "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --learning_rate 1e-3 --log_completions false"
     )
+    few = "--max_steps 5 --test_rows 20"  # the loss over Qwen's vocabulary is what takes the time
     gpt2, bert = "GPT-2 4.2 M from scratch", "BERT from scratch"
     return [
         ("sentiment_gpt2_sft_scratch", "sentiment_gpt2_sft", SCRATCH_SFT, gpt2),
