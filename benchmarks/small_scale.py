@@ -130,7 +130,7 @@ def jobs(tokenizer, small_lm, imdb):
             for stage, options in (
                 (
                     "sft",
-                    f"{lora_qwen} --dataset_name {qwen_data}/sft --dataset_test_split test --max_steps 5 --test_rows 20",
+                    f"{lora_qwen} --dataset_name {qwen_data}/sft --dataset_test_split test {few}",
                 ),
                 ("reward", f"{lora_qwen} --max_steps 40 --learning_rate 1e-3"),
                 ("ppo", f"{qwen_ppo} --reward_model runs/small/qwen_summarize_reward{kind}"),
