@@ -43,7 +43,7 @@ from eval.loading import (
 )
 from eval.metrics import Samples, describe_samples, measure, rouge_scores, summarise_runs
 from eval.pairs import load_pairs, measure_pairs
-from eval.prompts import Prompts, check_lengths, cut_prompts, load_prompts
+from eval.prompts import Prompts, check_lengths, cut_prompts, leave_out_long, load_prompts
 from eval.provenance import (
     describe_hardware,
     describe_model,
@@ -95,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt_column", default="prompt")
     add("--reference_column", help="column of reference texts, for ROUGE")
     add("--prompt_tokens", type=at_least(1), nargs=2, metavar=("MIN", "MAX"), help="cut prompts at random lengths")
+    add("--max_prompt_tokens", type=at_least(1), help="leave out longer ones of the --n_prompts prompts")
     add("--split", default="test")
     add("--best_of", type=at_least(1), nargs="+", metavar="N", help="also best-of-N of the base by the first reward")
     add("--best_of_prompts", type=at_least(2), default=64, help="the first so many prompts for it (default 64)")
@@ -128,6 +129,8 @@ def make_plan(args) -> Plan:
     if args.prompt_tokens:
         prompts.texts = cut_prompts(prompts.texts, tokenizer, *args.prompt_tokens, args.seed)
     prompts.ids = tokenizer(prompts.texts)["input_ids"]
+    if args.max_prompt_tokens:
+        prompts = leave_out_long(prompts, args.max_prompt_tokens)
     check_lengths(prompts, configs.values(), args.max_new_tokens)
     eos = stop_ids([generation_config(path, config) for path, config in configs.items()], tokenizer)
     sources = {path: describe_model(path, config) for path, config in configs.items()}

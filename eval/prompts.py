@@ -25,8 +25,17 @@ class Prompts:
 
     def first(self, n: int) -> "Prompts":
         """The first `n` of them."""
-        columns = {name: values[:n] for name, values in self.columns.items()}
-        return Prompts(self.texts[:n], columns, self.ids[:n], self.references and self.references[:n])
+        return self.select(range(min(n, len(self.texts))))
+
+    def select(self, indices: Iterable[int]) -> "Prompts":
+        """Those at the given indices, in their order."""
+        indices = list(indices)
+
+        def at(values: list) -> list:
+            return [values[index] for index in indices]
+
+        columns = {name: at(values) for name, values in self.columns.items()}
+        return Prompts(at(self.texts), columns, at(self.ids), self.references and at(self.references))
 
     def repeat(self, times: int) -> "Prompts":
         """Each of them `times` times in a row, without references."""
@@ -87,6 +96,18 @@ def cut_prompts(texts: list[str], tokenizer, low: int, high: int, seed: int) -> 
     return [tokenizer.decode(row[:length]) for row, length in zip(ids, lengths, strict=True)]
 
 
+def leave_out_long(prompts: Prompts, most: int) -> Prompts:
+    """Those of at most `most` tokens, with a line that counts the others; InputError if fewer than two are left."""
+    short = [index for index, ids in enumerate(prompts.ids) if len(ids) <= most]
+    if len(short) < 2:
+        raise InputError(
+            f"--max_prompt_tokens {most}: {len(short)} of {len(prompts.ids)} prompts are as short; raise it"
+        )
+    if len(short) < len(prompts.ids):
+        print(f"{len(prompts.ids) - len(short)} of {len(prompts.ids)} prompts have more than {most} tokens: left out")
+    return prompts.select(short)
+
+
 def check_lengths(prompts: Prompts, configs: Iterable, max_new_tokens: int) -> None:
     """InputError for a prompt without tokens, or one too long for the positions of one of the models."""
     room = min(positions_of(config) for config in configs)
@@ -96,5 +117,5 @@ def check_lengths(prompts: Prompts, configs: Iterable, max_new_tokens: int) -> N
         if len(ids) + max_new_tokens > room:
             raise InputError(
                 f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that is over the models' "
-                f"{room} positions (--prompt_tokens cuts prompts)"
+                f"{room} positions (--prompt_tokens cuts prompts, --max_prompt_tokens leaves them out)"
             )

@@ -18,7 +18,16 @@ from eval.loading import base_of_adapter, is_adapter
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
 LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft", "scipy", "rouge-score", "matplotlib", "jinja2")
-SETTINGS = ("n_prompts", "max_new_tokens", "temperature", "batch_size", "prompt_tokens", "n_samples", "best_of")
+SETTINGS = (
+    "n_prompts",
+    "max_new_tokens",
+    "temperature",
+    "batch_size",
+    "prompt_tokens",
+    "max_prompt_tokens",
+    "n_samples",
+    "best_of",
+)
 
 
 def describe_run(args, argv: list[str], plan, schema_version: int) -> dict:

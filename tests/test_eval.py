@@ -658,6 +658,18 @@ def test_the_command_prints_its_error_and_nothing_else(tmp_path):
     assert "--reward x" in ran.stderr
 
 
+def test_long_prompts_are_left_out_with_their_columns_and_counted(tokenizer, capsys):
+    texts = ["a film", "a great film with a wonderful cast and a terrible plot", "the movie"]
+    given = prompts.Prompts(texts, {"topic": [0, 1, 2]}, tokenizer(texts)["input_ids"], references=["x", "y", "z"])
+    most = max(len(given.ids[0]), len(given.ids[2]))
+    kept = prompts.leave_out_long(given, most)
+    assert (kept.texts, kept.columns, kept.references) == (["a film", "the movie"], {"topic": [0, 2]}, ["x", "z"])
+    assert kept.ids == [given.ids[0], given.ids[2]]
+    assert capsys.readouterr().out == f"1 of 3 prompts have more than {most} tokens: left out\n"
+    with pytest.raises(loading.InputError, match="--max_prompt_tokens 0: 0 of 3 prompts"):
+        prompts.leave_out_long(given, 0)
+
+
 def test_the_table_and_the_path_of_the_report_are_printed(run, gpt2_path, capsys):
     _, output = run(gpt2_path)
     printed = capsys.readouterr().out
