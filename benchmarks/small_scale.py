@@ -34,8 +34,8 @@ CPU = "--use_cpu true --bf16 false --report_to none --save_strategy no --gradien
 PPO = f"{CPU} --eval_strategy steps --eval_on_start true --test_prompts 256"
 SENTIMENT = (
     f"{PPO} --model_name_or_path {LM} --dataset_name data/imdb/prompts --prompt_column prompt --min_prompt_tokens 1 "
-    "--prompt_tokens 2 8 --max_completion_length 24 --total_episodes 1280 --per_device_train_batch_size 128 "
-    "--gradient_accumulation_steps 1 --learning_rate 3e-4 --eval_steps 40 --logging_steps 20"
+    "--prompt_tokens 2 8 --max_completion_length 24 --total_episodes 640 --per_device_train_batch_size 128 "
+    "--gradient_accumulation_steps 1 --learning_rate 3e-4 --eval_steps 20 --logging_steps 20"
 )
 
 
