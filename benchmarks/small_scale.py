@@ -50,10 +50,11 @@ def jobs(tokenizer, small_lm, imdb):
     qwen_data = "data/summarize_from_feedback"
     qwen_ppo = (
         f"{PPO} --model_name_or_path runs/scratch/qwen_sft --dtype float32 --reward_dtype float32 --test_prompts 32 "
-        f"--dataset_name {qwen_data}/prompts --dataset_test_split test --total_episodes 64 --eval_steps 8 "
-        "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --learning_rate 1e-3 --log_completions false"
+        f"--dataset_name {qwen_data}/prompts --dataset_test_split test --total_episodes 32 --eval_steps 8 "
+        "--per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 1e-3 --log_completions false "
+        "--max_prompt_tokens 400"
     )
-    few = "--max_steps 5 --test_rows 20"  # the loss over Qwen's vocabulary is what takes the time
+    few = "--max_steps 3 --test_rows 20"  # the loss over Qwen's vocabulary is what takes the time
     gpt2, bert = "GPT-2 4.2 M from scratch", "BERT from scratch"
     return [
         ("sentiment_gpt2_sft_scratch", "sentiment_gpt2_sft", SCRATCH_SFT, gpt2),

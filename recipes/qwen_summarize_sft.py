@@ -37,7 +37,7 @@ def scratch_model(script_args, tokenizer, max_length):
         num_hidden_layers=script_args.scratch_layers,
         num_attention_heads=script_args.scratch_heads,
         num_key_value_heads=max(1, script_args.scratch_heads // 2),
-        max_position_embeddings=2 * max_length,
+        max_position_embeddings=max(1024, 2 * max_length),
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
