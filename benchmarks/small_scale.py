@@ -126,8 +126,13 @@ def jobs(tokenizer, small_lm, imdb):
             gpt2,
         ),
         *[
-            (f"qwen_summarize_{stage}{kind}", f"qwen_summarize_{stage}", options, "Qwen2 10 M from scratch")
-            for kind in ("", "_qlora")
+            (
+                f"qwen_summarize_{stage}{kind}",
+                f"qwen_summarize_{stage}",
+                f"{options} {dtype}",
+                "Qwen2 10 M from scratch",
+            )
+            for kind, dtype in (("", ""), ("_qlora", "--dtype bfloat16"))  # TRL trains QLoRA's own weights in bfloat16
             for stage, options in (
                 (
                     "sft",
