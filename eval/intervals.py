@@ -111,9 +111,10 @@ def ngrams(text: str, size: int) -> list[tuple[str, ...]]:
 
 
 def self_repetition(text: str) -> float:
-    """The share of a text's own word trigrams that repeat an earlier one; 0 for a text without trigrams."""
-    trigrams = ngrams(text, 3)
-    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+    """The share of a text's own word trigrams that repeat an earlier one, as `rewards.repetition_penalty` counts it."""
+    from rewards import repeated_trigrams  # here: it imports TRL, which rendering a report need not wait for
+
+    return repeated_trigrams(text)
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

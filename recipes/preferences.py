@@ -4,10 +4,10 @@ A pair is `chosen` over `rejected`, each a text or a list of messages, with or w
 """
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import binomtest
 from transformers import AutoConfig
 
 from recipe_args import UserError, load_split
@@ -53,10 +53,9 @@ def margins(reward_model, pairs):
 
 def accuracy(margins):
     """The share of pairs ordered rightly, a tie being wrong, and its 95 % interval (Wilson 1927), as a dict."""
-    n, share, z = len(margins), float((margins > 0).mean()), 1.96
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return {"accuracy": share, "low": centre - reach, "high": centre + reach, "n": n}
+    right = binomtest(int((margins > 0).sum()), len(margins))
+    interval = right.proportion_ci(method="wilson")
+    return {"accuracy": right.statistic, "low": float(interval.low), "high": float(interval.high), "n": right.n}
 
 
 def calibration(margins, bins=10):

@@ -365,17 +365,17 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, str
     return dataset
 
 
-def load_prompts(script_args, split: str, tokenizer, limit: int | None = None, column: str = "prompt"):
+def load_prompts(script_args, split: str, tokenizer, limit: int | None = None):
     """The first prompts of a split, those longer than `max_prompt_tokens` left out with a line that counts them.
 
     Raises:
         UserError: as `load_split`; or no prompt is short enough.
     """
-    data = load_split(script_args.dataset_name, split, [column], script_args.dataset_config)
+    data = load_split(script_args.dataset_name, split, ["prompt"], script_args.dataset_config)
     most = script_args.max_prompt_tokens
 
     def is_short(row):
-        text = row[column]
+        text = row["prompt"]
         if not isinstance(text, str):  # messages
             return len(tokenizer.apply_chat_template(text, add_generation_prompt=True)["input_ids"]) <= most
         return len(tokenizer(text)["input_ids"]) <= most

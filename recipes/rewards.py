@@ -57,10 +57,12 @@ def length_penalty(completions, **_) -> list[float]:
 
 def repetition_penalty(completions, **_) -> list[float]:
     """Minus the share of a completion's word trigrams that it has had already, in [-1, 0]; 0 below four words."""
-    return [-_repeated_trigrams(as_text(completion).split()) for completion in completions]
+    return [-repeated_trigrams(as_text(completion)) for completion in completions]
 
 
-def _repeated_trigrams(words) -> float:
+def repeated_trigrams(text: str) -> float:
+    """The share of a text's own word trigrams that repeat an earlier one; 0 for a text without trigrams."""
+    words = text.split()
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 

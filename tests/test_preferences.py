@@ -48,6 +48,7 @@ def test_the_interval_of_the_accuracy_is_wilsons():
     wilson = binomtest(37, 50).proportion_ci(method="wilson")
     assert ours["accuracy"] == 37 / 50, "a tie is wrong"
     assert (ours["low"], ours["high"]) == pytest.approx((wilson.low, wilson.high), abs=1e-4)
+    assert (ours["low"], ours["high"]) == pytest.approx((0.6045, 0.8413), abs=1e-3), "by hand: 37 of 50, z = 1.96"
 
 
 def test_a_model_whose_margins_are_log_odds_is_calibrated():
