@@ -115,14 +115,17 @@ def end_lengths(job, prompts):
 
 
 class EndAt:
-    """A logits processor under which row i of a batch ends, in EOS, with its `lengths[i]`-th sampled token."""
+    """A logits processor under which a completion ends, in EOS, with as many tokens as `end_lengths` says.
 
-    def __init__(self, lengths, prompt_width):
-        self.lengths, self.prompt_width = lengths, prompt_width
+    It knows a row by its prompt: a trainer may drop the rows that have ended.
+    """
+
+    def __init__(self, job, prompt_width):
+        self.job, self.prompt_width = job, prompt_width
 
     def __call__(self, input_ids, scores):
         sampled = input_ids.size(1) - self.prompt_width + 1  # the number of the token that is sampled now
-        ending = (self.lengths == sampled).nonzero().squeeze(1)
+        ending = (end_lengths(self.job, input_ids[:, : self.prompt_width]) == sampled).nonzero().squeeze(1)
         scores[:, [PAD, EOS]] = -torch.inf
         scores[ending] = -torch.inf
         scores[ending, EOS] = 0.0
@@ -135,10 +138,9 @@ def fix_lengths(policy, job):
 
     def generate(*args, **kwargs):
         prompts = kwargs["input_ids"]
-        lengths = end_lengths(job, prompts)
-        new = lengths.clamp(max=job.new_tokens[1])
+        new = end_lengths(job, prompts).clamp(max=job.new_tokens[1])
         asked.append({"prompt_tokens": int((prompts != PAD).sum()), "new_tokens": int(new.sum())})
-        return original(*args, logits_processor=[EndAt(lengths, prompts.size(1))], **kwargs)
+        return original(*args, logits_processor=[EndAt(job, prompts.size(1))], **kwargs)
 
     policy.generate = generate
     return asked

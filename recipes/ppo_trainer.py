@@ -12,6 +12,7 @@ Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (1909.0859
 Huang et al. 2024 (2403.17031).
 """
 
+import functools
 import math
 import time
 from collections import defaultdict
@@ -25,9 +26,17 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+import decoding
 from ppo_config import PPOConfig
 from rewards import checked
-from run_support import CriticCheckpoints, LogBeforeSave, RolloutProgress, SeededByPass, keep_trainable
+from run_support import (
+    CriticCheckpoints,
+    LogBeforeSave,
+    RolloutProgress,
+    SeededByPass,
+    keep_freed_memory,
+    keep_trainable,
+)
 from scoring import ScoredTokens, ValueHead, ValueModel, add_scoring_forward, pad_batch, take_rows
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,6 +149,9 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
         end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
         self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
         add_scoring_forward(self._policy, self.temperature)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
+            self._policy.generate = functools.partial(self._policy.generate, custom_generate=decoding.sample)
         if self.ref_model is not None:
             add_scoring_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
         self._policy.critic = self._make_critic().to(self.accelerator.device)
@@ -200,6 +212,8 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
         policy = self._policy
         positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
         longest = max(map(len, prompt_ids))
+        if not min(map(len, prompt_ids)):
+            raise ValueError("prompt: one has no tokens; leave out empty prompts")
         if longest + self.max_completion_length > positions:
             raise ValueError(
                 f"max_completion_length: {self.max_completion_length} after a prompt of {longest} tokens is more than "

@@ -1,8 +1,10 @@
 """What a run needs beside its algorithm: progress that can be read, and checkpoints from which it resumes exactly."""
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +15,15 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback, Train
 from transformers.trainer_utils import TrainOutput
 
 from rewards import SCORE_OFFSET, load_classifier
+
+
+def keep_freed_memory():
+    """Let glibc keep what a tensor frees for the next one; it returns blocks of 32 MiB and more, and gets them anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**31 - 1)
 
 
 class SeededByPass(Sampler):

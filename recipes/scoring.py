@@ -1,10 +1,10 @@
 """Log-probabilities and values of completions, from one forward pass; for the trainer and the evaluation alike.
 
-Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded).
+Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded); N of those B × C tokens are no
+padding, H is the hidden size.
 """
 
 import functools
-import inspect
 import math
 import types
 from dataclasses import dataclass
@@ -12,8 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
+from transformers.activations import NewGELUActivation
 from transformers.utils import ModelOutput
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
+
+from lm_head import TiledLogProbs, is_plain
+
+PADDING_PER_PASS = 256  # tokens; on a CPU, where a pass of its own costs about as much
 
 
 @dataclass
@@ -35,9 +40,10 @@ class ValueHead(nn.Linear):
             self.weight.copy_(torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1))
             self.bias.zero_()
 
-    def forward(self, hidden_states, **model_inputs):
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states.float()).squeeze(-1)
+    def forward(self, states, rows=None):
+        """The policy's states (N, H) → values (N,)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.float()).squeeze(-1)
 
 
 class ValueModel(nn.Module):
@@ -60,21 +66,29 @@ class ValueModel(nn.Module):
             )
         self.trunk, self.head = classifier.base_model, head
         disable_dropout_in_model(self.trunk)
+        fuse_gelu(self.trunk)
 
-    def forward(self, hidden_states, **model_inputs):
-        num_scored = hidden_states.size(1)
-        own_states = self.trunk(**model_inputs, use_cache=False).last_hidden_state[:, -num_scored - 1 : -1]
-        return self.head(own_states).squeeze(-1).float()
+    def forward(self, states, rows):
+        """`CompletionRows` → values (N,), from states of its own."""
+        return self.head(rows.states(self.trunk)).squeeze(-1).float()
+
+
+def fuse_gelu(model):
+    """One kernel for GPT-2's GELU, which transformers writes out in eight and keeps six tensors of for the gradient."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def add_scoring_forward(model, temperature=1.0):
     """Teach a causal LM to score completions: `model(input_ids, attention_mask, num_completion_tokens=C)`.
 
-    That call returns `ScoredTokens`; any other call is unchanged, so that `generate` is too. Position ids come from
-    the attention mask, so left padding changes no log-probability. Only the hidden states that predict completion
-    tokens reach the LM head, which TRL applies in chunks: logits of the rollout × vocabulary are never held. Values
-    come from `model.critic`, if there is one, on the same hidden states.
+    That call returns `ScoredTokens`; any other call is unchanged, so that `generate` is too. Only the N hidden states
+    that predict completion tokens reach the LM head, which is applied in tiles: logits of N × vocabulary are never
+    held. Values come from `model.critic`, if there is one, on the same hidden states. No prompt may be empty.
     """
+    fuse_gelu(model)
     add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
     fused_forward = model.forward
 
@@ -82,34 +96,95 @@ def add_scoring_forward(model, temperature=1.0):
     def forward(self, *args, num_completion_tokens=None, **kwargs):
         if num_completion_tokens is None:
             return fused_forward(*args, **kwargs)
-        return _score_completions(self, fused_forward, num_completion_tokens, *args, **kwargs)
+        return _score_completions(self, fused_forward, temperature, num_completion_tokens, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
     return model
 
 
-def _score_completions(model, fused_forward, num_completion_tokens, input_ids, attention_mask, **_):
-    hidden_states = None
+def _score_completions(model, fused_forward, temperature, num_completion_tokens, input_ids, attention_mask, **_):
+    lm_head = model.get_output_embeddings()
+    is_tiled = is_plain(model.config, lm_head)
+    rows = CompletionRows(input_ids, attention_mask, num_completion_tokens, PADDING_PER_PASS if is_tiled else None)
+    if is_tiled:
+        states = rows.states(model.base_model)
+        log_probs, entropy = TiledLogProbs.apply(states, lm_head.weight, rows.targets, temperature)
+    else:
+        log_probs, entropy, states = _score_fused(model, fused_forward, rows)
+    critic = getattr(model, "critic", None)
+    values = None if critic is None else rows.spread(critic(states, rows))
+    return ScoredTokens(log_probs=rows.spread(log_probs), entropy=rows.spread(entropy), state_values=values)
 
-    def keep_completion(module, args, output):
-        nonlocal hidden_states
-        hidden_states = output.last_hidden_state[:, -num_completion_tokens - 1 : -1]
-        output["last_hidden_state"] = hidden_states
+
+def _score_fused(model, fused_forward, rows):
+    """Log-probs, entropy (N,) and states (N, H) by TRL's fused head: on a GPU, and for scaled or capped logits."""
+    states = None
+
+    def keep_predicting(module, args, output):
+        nonlocal states
+        states = rows.select(output.last_hidden_state)
+        output["last_hidden_state"] = states[None]
         return output
 
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
-        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    completion = slice(-num_completion_tokens, None)
-    labels = input_ids[:, completion].masked_fill(attention_mask[:, completion] == 0, -100)
-    hook = model.base_model.register_forward_hook(keep_completion)
+    hook = model.base_model.register_forward_hook(keep_predicting)
     try:
-        scored = fused_forward(**inputs, shift_labels=labels, fused_lm_head=True)
+        scored = fused_forward(input_ids=rows.ids, shift_labels=rows.targets[None], fused_lm_head=True)
     finally:
         hook.remove()
-    critic = getattr(model, "critic", None)
-    values = None if critic is None else critic(hidden_states, **inputs) * attention_mask[:, completion]
-    return ScoredTokens(log_probs=scored.log_probs, entropy=scored.entropy, state_values=values)
+    return scored.log_probs[0], scored.entropy[0], states
+
+
+class CompletionRows:
+    """A left-padded batch with its padding on the right, and the N states in it that predict a completion's token.
+
+    What a token attends to lies before it, so padding on the right needs no mask: attention is plainly causal, which
+    has kernels that skip half of the work, and a row's position ids count from 0 as if it stood alone.
+    """
+
+    def __init__(self, input_ids, attention_mask, num_completion_tokens, max_padding=None):
+        width = input_ids.size(1)
+        left_padding = attention_mask.argmax(1, keepdim=True)
+        self.ids = input_ids.gather(1, (torch.arange(width, device=input_ids.device) + left_padding) % width)
+        self.mask = attention_mask[:, -num_completion_tokens:].bool()
+        self.targets = input_ids[:, -num_completion_tokens:][self.mask]
+        self.row, token = self.mask.nonzero(as_tuple=True)
+        prompt_lengths = attention_mask[:, :-num_completion_tokens].sum(1)
+        self.position = prompt_lengths[self.row] + token - 1
+        self.passes = [slice(0, len(input_ids))]
+        if max_padding is not None:
+            self.passes = _passes(attention_mask.sum(1).tolist(), max_padding)
+        self.lengths = attention_mask.sum(1)
+
+    def states(self, trunk):
+        """The last hidden states (N, H) of `trunk`, which is run on a few rows of like length at a time."""
+        # Once for all passes: the gradient of each lookup is as large as the vocabulary.
+        embeddings = trunk.get_input_embeddings()(self.ids)
+        return torch.cat([self._pass(trunk, embeddings, rows) for rows in self.passes])
+
+    def _pass(self, trunk, embeddings, rows):
+        longest = int(self.lengths[rows].max())
+        states = trunk(inputs_embeds=embeddings[rows, :longest], use_cache=False).last_hidden_state
+        here = (self.row >= rows.start) & (self.row < rows.stop)
+        return states[self.row[here] - rows.start, self.position[here]]
+
+    def select(self, states):
+        """(B, width, H) → (N, H)."""
+        return states[self.row, self.position]
+
+    def spread(self, per_token):
+        """(N,) → (B, C), 0 where there is no token."""
+        return per_token.new_zeros(self.mask.shape).masked_scatter(self.mask, per_token)
+
+
+def _passes(lengths, max_padding):
+    """Consecutive rows, as slices, with at most `max_padding` tokens of padding in each."""
+    slices, start = [], 0
+    for stop in range(1, len(lengths) + 1):
+        padding = [max(lengths[start : stop + 1]) - length for length in lengths[start : stop + 1]]
+        if stop == len(lengths) or sum(padding) > max_padding:
+            slices.append(slice(start, stop))
+            start = stop
+    return slices
 
 
 def pad_batch(prompt_ids, completion_ids, pad_token_id):

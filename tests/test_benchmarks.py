@@ -85,13 +85,20 @@ def test_a_completion_ends_at_the_length_that_its_prompt_alone_decides():
 
 
 def test_the_end_token_comes_at_its_length_and_never_before():
-    end = throughput_run.EndAt(torch.tensor([2, 3]), prompt_width=4)
-    for sampled, ends in ((1, [False, False]), (2, [True, False]), (3, [False, True])):
-        scores = end(torch.zeros(2, 4 + sampled - 1), torch.randn(2, 10))
-        probabilities = scores.softmax(-1)
-        assert (probabilities[:, EOS] == 1).tolist() == ends
-        assert (probabilities[:, EOS] == 0).tolist() == [not at for at in ends]
-        assert (probabilities[:, PAD] == 0).all()
+    """Whatever a row's place in the batch, and whichever rows have left it."""
+    job = JOBS["ragged"]
+    prompts = torch.tensor([[PAD, PAD, 7, 8], [2, 3, 4, 5], [9, 9, 9, 9]])
+    lengths = throughput_run.end_lengths(job, prompts)
+    assert len(set(lengths.tolist())) == 3
+    end = throughput_run.EndAt(job, prompt_width=4)
+    for rows in ([0, 1, 2], [2, 0]):
+        for sampled in range(1, 129):
+            generated = torch.full((len(rows), sampled - 1), 5)
+            probabilities = end(torch.cat([prompts[rows], generated], 1), torch.randn(len(rows), 10)).softmax(-1)
+            ends = (lengths[rows] == sampled).tolist()
+            assert (probabilities[:, EOS] == 1).tolist() == ends
+            assert (probabilities[:, EOS] == 0).tolist() == [not at for at in ends]
+            assert (probabilities[:, PAD] == 0).all()
 
 
 def test_text_and_tokens_of_a_job_say_the_same():

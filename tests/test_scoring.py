@@ -1,0 +1,172 @@
+"""Log-probabilities in tiles against whole logits, and the rows that they are taken from."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
+
+import lm_head
+import scoring
+from lm_head import TiledLogProbs, is_plain
+from scoring import CompletionRows, add_scoring_forward
+
+
+def random_head(n=37, hidden=16, vocab=5000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(n, hidden, generator=generator)
+    weight = torch.randn(vocab, hidden, generator=generator)
+    targets = torch.randint(vocab, (n,), generator=generator)
+    targets[:3] = torch.tensor([0, vocab - 1, lm_head.TILE])  # both ends, and the first of a tile
+    return states, weight, targets
+
+
+def whole_logits(states, weight, targets, temperature):
+    log_probs = (states @ weight.T / temperature).log_softmax(1)
+    return log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocab", [300, lm_head.TILE, 5000])  # less than a tile, one, and a last one that is not full
+def test_tiles_equal_whole_logits(vocab, temperature):
+    states, weight, targets = random_head(vocab=5000)
+    weight, targets = weight[:vocab], targets % vocab
+    expected = [x.double().requires_grad_() for x in (states, weight)]
+    log_probs, entropy = whole_logits(*expected, targets, temperature)
+    coefficients = torch.linspace(-1, 2, len(states))
+    (log_probs * coefficients).sum().backward()
+
+    given = [x.clone().requires_grad_() for x in (states, weight)]
+    ours, our_entropy = TiledLogProbs.apply(*given, targets, temperature)
+    (ours * coefficients).sum().backward()
+    torch.testing.assert_close(ours.double(), log_probs, rtol=0, atol=3e-5)
+    torch.testing.assert_close(our_entropy.double(), entropy, rtol=0, atol=3e-5)
+    for x, y in zip(given, expected, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=3e-5)
+
+
+def test_large_logits_do_not_overflow():
+    states, weight, targets = random_head()
+    log_probs, entropy = TiledLogProbs.apply(states * 100, weight, targets, 1.0)
+    expected, expected_entropy = whole_logits((states * 100).double(), weight.double(), targets, 1.0)
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=1e-2)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    states, weight, targets = random_head()
+    TiledLogProbs.apply(states.requires_grad_(), weight, targets, 1.0)[0].sum().backward()
+    assert states.grad.abs().sum() > 0
+    assert weight.grad is None
+
+
+def test_autocast_takes_products_in_bfloat16_and_sums_in_float32():
+    states, weight, targets = random_head()
+    given = [x.clone().requires_grad_() for x in (states, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, _ = TiledLogProbs.apply(*given, targets, 1.0)
+    log_probs.sum().backward()
+    expected = [x.clone().requires_grad_() for x in (states, weight)]
+    exact, _ = whole_logits(*expected, targets, 1.0)
+    exact.sum().backward()
+    assert log_probs.dtype == torch.float32
+    error = (log_probs - exact).abs().max()
+    assert 1e-4 < error < 0.1  # bfloat16 has been at work, and not more
+    for x, y in zip(given, expected, strict=True):
+        assert x.grad.dtype == torch.float32
+        assert nn.functional.cosine_similarity(x.grad.flatten(), y.grad.flatten(), dim=0) > 0.999
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch):
+    """The largest product that either pass writes is N × TILE."""
+    widths = []
+    mm = torch.mm
+
+    def watched(a, b, **kwargs):
+        result = mm(a, b, **kwargs)
+        widths.append(result.size(1))
+        return result
+
+    monkeypatch.setattr(torch, "mm", watched)
+    states, weight, targets = random_head(vocab=3 * lm_head.TILE + 5)
+    TiledLogProbs.apply(states.requires_grad_(), weight.requires_grad_(), targets, 1.0)[0].sum().backward()
+    assert len(widths) == 4 + 2 * 4
+    assert max(widths) == lm_head.TILE
+
+
+def small_gpt2(**config):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=64, **config)).eval()
+
+
+@pytest.mark.parametrize("change", ["bias", "final_logit_softcapping", "logit_scale"])
+def test_what_is_more_than_a_product_is_left_to_trl(change):
+    model = small_gpt2()
+    assert is_plain(model.config, model.lm_head)
+    if change == "bias":
+        model.lm_head.bias = nn.Parameter(torch.zeros(60))
+    else:
+        setattr(model.config, change, 2.0)
+    assert not is_plain(model.config, model.lm_head)
+
+
+def ragged_batch(rows=12, prompt=9, completion=14, seed=0):
+    """Every row with padding of its own on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 60, (rows, prompt + completion), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : int(torch.randint(prompt, (1,), generator=generator))] = 0
+        mask[row, prompt + int(torch.randint(1, completion + 1, (1,), generator=generator)) :] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("max_padding", [0, 20, 10**6])
+def test_passes_by_length_change_nothing(monkeypatch, max_padding):
+    """Against each row alone, without padding; gradients too."""
+    monkeypatch.setattr(scoring, "PADDING_PER_PASS", max_padding)
+    ids, mask = ragged_batch()
+    model = add_scoring_forward(small_gpt2())
+    scored = model(input_ids=ids, attention_mask=mask, num_completion_tokens=14)
+    (scored.log_probs**2).sum().backward()
+
+    alone, total = small_gpt2(), 0.0
+    for row, row_mask, ours in zip(ids, mask, scored.log_probs, strict=True):
+        real = row[row_mask.bool()][None]
+        n = int(row_mask[9:].sum())
+        log_probs = alone(real).logits[0, :-1].log_softmax(1).gather(1, real[0, 1:, None])[-n:, 0]
+        torch.testing.assert_close(ours[:n], log_probs, rtol=0, atol=1e-5)
+        assert (ours[n:] == 0).all()
+        total = total + (log_probs**2).sum()
+    total.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_passes_hold_every_row_once_and_little_padding():
+    lengths = torch.randint(4, 128, (40,), generator=torch.Generator().manual_seed(0)).sort().values.tolist()
+    passes = scoring._passes(lengths, 256)
+    assert [row for rows in passes for row in range(40)[rows]] == list(range(40))
+    assert 1 < len(passes) < 10
+    for rows in passes:
+        assert sum(max(lengths[rows]) - length for length in lengths[rows]) <= 256
+
+
+def test_rows_know_where_their_tokens_are_predicted():
+    ids = torch.tensor([[0, 7, 8, 9, 0], [1, 2, 3, 4, 5]])
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    rows = CompletionRows(ids, mask, 2)
+    assert rows.ids.tolist() == [[7, 8, 9, 0, 0], [1, 2, 3, 4, 5]]
+    assert rows.targets.tolist() == [9, 4, 5]
+    assert list(zip(rows.row.tolist(), rows.position.tolist(), strict=True)) == [(0, 1), (1, 2), (1, 3)]
+    assert rows.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1.0, 0.0], [2.0, 3.0]]
+
+
+def test_gelu_in_one_kernel_is_the_same_function():
+    model = small_gpt2()
+    ids = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    assert any(isinstance(module, NewGELUActivation) for module in model.modules())
+    scoring.fuse_gelu(model)
+    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
