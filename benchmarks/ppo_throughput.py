@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from throughput_jobs import CPU_JOBS, JOBS, growing, operations, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==1.12.0"
-OURS, SEPARATE, THEIRS = "ours", "ours, separate critic", "TRL 1.12"
+OURS, SEPARATE, BFLOAT16, THEIRS = "ours", "ours, separate critic", "ours, bf16", "TRL 1.12"
 FIGURES = {  # of a run: what is printed, and how
     "samples_per_second": ("samples/s", "{:.2f}"),
     "rollout_seconds": ("rollout, s", "{:.2f}"),
@@ -117,6 +118,8 @@ def run(python, side, job, models, rollouts, threads):
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "result.json"
         arguments = ["--side", side, "--rollouts", str(rollouts), "--output", str(output)]
+        if side == BFLOAT16:
+            job = replace(job, mixed_precision="bf16")  # of this process; the models stay as they are
         start(python, job, threads, str(models), *arguments)
         return json.loads(output.read_text())
 
@@ -308,6 +311,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="of all jobs together, in equal parts: fewer repeats if need be")
     parser.add_argument("--ours_only", action="store_true", help="this trainer alone, and no environment for TRL 1.12")
+    parser.add_argument("--bf16", action="store_true", help="this trainer under bf16 autocast too, on a CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one repeat: whether it runs, not how fast")
     parser.add_argument(
         "--grow", action="store_true", help="how this trainer's cost grows with the sentiment job's sizes"
@@ -334,7 +338,7 @@ def main(argv=None):
     for name, job in zip(args.job, jobs, strict=True):
         sides = [OURS] if args.ours_only else [OURS, THEIRS]
         if not JOBS[name].gpu:
-            sides.append(SEPARATE)
+            sides += [SEPARATE] + [BFLOAT16] * args.bf16
         report(job, args.output, sides, settings, where)
 
 

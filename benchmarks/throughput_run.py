@@ -321,6 +321,7 @@ def run_trl112(job, folder, rollouts, output_dir):
 
 SIDES = {
     "ours": run_ours,
+    "ours, bf16": run_ours,  # by its environment
     "ours, separate critic": lambda *args: run_ours(*args, separate_critic=True),
     "TRL 1.12": run_trl112,
 }
