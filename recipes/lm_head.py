@@ -51,7 +51,7 @@ class TiledLogProbs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, targets, log_partition = ctx.saved_tensors
         scaled = (hidden.float() / ctx.temperature).to(ctx.dtype)
-        weighted = scaled * grad[:, None].to(ctx.dtype)
+        weighted = scaled * -grad[:, None].to(ctx.dtype)
         mean_word = torch.zeros_like(hidden, dtype=torch.float32)  # p·weight
         grad_weight = torch.empty_like(weight, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
         for rows, words, probs in _tiles(scaled, weight):
@@ -62,7 +62,7 @@ class TiledLogProbs(torch.autograd.Function):
                 torch.mm(probs.t(), weighted, out=grad_weight[rows])
         grad_hidden = (weight[targets] - mean_word) * (grad[:, None] / ctx.temperature)
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype).neg_().index_add_(0, targets, weighted.to(weight.dtype))
+            grad_weight = grad_weight.to(weight.dtype).index_add_(0, targets, weighted.to(weight.dtype), alpha=-1)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 

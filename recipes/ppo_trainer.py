@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch import nn
 from transformers import GenerationConfig, ProgressCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -151,7 +152,8 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
         add_scoring_forward(self._policy, self.temperature)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
-            self._policy.generate = functools.partial(self._policy.generate, custom_generate=decoding.sample)
+            if not is_deepspeed_zero3_enabled():
+                self._policy.generate = functools.partial(self._policy.generate, custom_generate=decoding.sample)
         if self.ref_model is not None:
             add_scoring_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
         self._policy.critic = self._make_critic().to(self.accelerator.device)

@@ -254,6 +254,12 @@ def test_completions_that_do_not_fit_the_models_positions_are_refused(gpt2_path,
         roll_out(make_trainer(gpt2_path, tmp_path, max_completion_length=60))
 
 
+def test_a_prompt_without_tokens_is_refused(gpt2_path, tmp_path):
+    """Nothing would predict the first token of its completion."""
+    with pytest.raises(ValueError, match="prompt: one has no tokens; leave out empty prompts"):
+        make_trainer(gpt2_path, tmp_path)._generate_single_turn([[5, 6], []], None, {}, 1)
+
+
 # -- Where the score goes ------------------------------------------------------------------------------------------
 
 

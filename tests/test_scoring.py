@@ -143,6 +143,26 @@ def test_passes_by_length_change_nothing(monkeypatch, max_padding):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_trls_fused_head_and_the_tiles_say_the_same(monkeypatch):
+    """The fused head is what a GPU runs; values of the critic included."""
+    ids, mask = ragged_batch()
+    model = add_scoring_forward(small_gpt2(), temperature=0.7)
+    model.critic = scoring.ValueHead(16)
+    results, gradients = [], []
+    for tiled in (True, False):
+        monkeypatch.setattr(scoring, "is_plain", lambda *_, tiled=tiled: tiled)
+        model.zero_grad()
+        scored = model(input_ids=ids, attention_mask=mask, num_completion_tokens=14)
+        ((scored.log_probs**2).sum() + (scored.state_values**2).sum()).backward()
+        results.append(scored)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for name in ("log_probs", "entropy", "state_values"):
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-5, msg=name)
+        assert (results[0][name][mask[:, 9:] == 0] == 0).all()
+    for tiled, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(tiled, fused, rtol=1e-4, atol=1e-4)
+
+
 def test_passes_hold_every_row_once_and_little_padding():
     lengths = torch.randint(4, 128, (40,), generator=torch.Generator().manual_seed(0)).sort().values.tolist()
     passes = scoring._passes(lengths, 256)
