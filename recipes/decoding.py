@@ -54,12 +54,12 @@ def draw(logits):
 
 
 @torch.no_grad()
-def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs):
+def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """Prompts (B, P) → prompts and completions (B, longest), padded on the right with `pad_token_id`.
 
     Takes what `generate` gives a decoding method. Logits processors and stopping criteria see the rows that go on,
-    so they may not count on a row's place in the batch. Not for ZeRO-3, where
-    every rank has to run as many passes as the others.
+    so they may not count on a row's place in the batch. Not for ZeRO-3, where every rank has to run as many passes as
+    the others.
     """
     width = input_ids.size(1)
     sequences = [None] * len(input_ids)

@@ -53,22 +53,30 @@ class TiledLogProbs(torch.autograd.Function):
         scaled = (hidden.float() / ctx.temperature).to(ctx.dtype)
         weighted = scaled * -grad[:, None].to(ctx.dtype)
         mean_word = torch.zeros_like(hidden, dtype=torch.float32)  # p·weight
-        grad_weight = torch.empty_like(weight, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
-        for rows, words, probs in _tiles(scaled, weight):
-            torch.mm(scaled, words.t(), out=probs).sub_(log_partition[:, None]).exp_()
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows, words, memory in _tiles(scaled, weight):
+            logits = torch.mm(scaled, words.t(), out=memory).float()
+            probs = logits.sub_(log_partition[:, None]).exp_()
             # In float32: bfloat16 would round each tile's part of the sum.
-            mean_word.addmm_(probs.float(), words.float())
+            mean_word.addmm_(probs, words.float())
             if grad_weight is not None:
-                torch.mm(probs.t(), weighted, out=grad_weight[rows])
+                _write_product(grad_weight[rows], probs.to(ctx.dtype).t(), weighted)
         grad_hidden = (weight[targets] - mean_word) * (grad[:, None] / ctx.temperature)
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype).index_add_(0, targets, weighted.to(weight.dtype), alpha=-1)
+            grad_weight = grad_weight.index_add_(0, targets, weighted.float(), alpha=-1).to(weight.dtype)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
 def _product_dtype(hidden):
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _write_product(out, a, b):
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _tiles(scaled, weight):
