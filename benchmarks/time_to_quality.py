@@ -24,8 +24,8 @@ PHASES = ("time/generate", "time/score", "time/update")
 
 
 def train(critic, seed, args):
-    """`(seconds, share, kl)` of every evaluation of one run, written to a file: a run that is there is not repeated."""
-    path = OUTPUT / f"{'shared' if critic is None else 'separate'}-{seed}.json"
+    """`(seconds, share, kl)` of each evaluation of a run, up to the first that will do; it is run once."""
+    path = OUTPUT / f"{'shared' if critic is None else 'separate'}-{seed}-{args.share}-{args.max_kl}.json"
     if not path.exists():
         history = run_recipe(critic, seed, args)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +36,7 @@ def train(critic, seed, args):
 def run_recipe(critic, seed, args):
     """The recipe itself, with one more reward of weight 0: whether the judge finds a completion positive."""
     sys.path.insert(0, str(ROOT / "recipes"))
+    from transformers import TrainerCallback
     from trl import ModelConfig
 
     import sentiment_gpt2_ppo as recipe
@@ -49,10 +50,14 @@ def run_recipe(critic, seed, args):
     def positive(prompts, completions, **columns):
         return [float(score > 0) for score in judge(prompts=prompts, completions=completions)]
 
+    class StopWhenThere(TrainerCallback):
+        def on_evaluate(self, training_args, state, control, **kwargs):
+            control.should_training_stop |= reached(curve(state.log_history), args.share, args.max_kl) is not None
+
     class JudgedTrainer(PPOTrainer):
         def __init__(self, *, reward_funcs, args, **kwargs):
             args.reward_weights = [*args.reward_weights, 0.0]
-            super().__init__(reward_funcs=[*reward_funcs, positive], args=args, **kwargs)
+            super().__init__(reward_funcs=[*reward_funcs, positive], args=args, callbacks=[StopWhenThere()], **kwargs)
 
     recipe.PPOTrainer = JudgedTrainer
     settings = {
@@ -62,6 +67,7 @@ def run_recipe(critic, seed, args):
         "eval_strategy": "steps",
         "eval_steps": 8,  # two rollouts of four epochs
         "test_prompts": args.n_prompts,
+        "per_device_eval_batch_size": 128,
         "output_dir": str(OUTPUT / "run"),
     } | ({"value_model_path": critic} if critic else {})
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
