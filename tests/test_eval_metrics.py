@@ -136,7 +136,7 @@ def test_log_probabilities_need_the_memory_of_one_batch_and_do_not_depend_on_it(
     prompts, completions = ([rng.integers(2, 200, n).tolist() for n in rng.integers(1, 25, 23)] for _ in range(2))
     scorer = add_scoring_forward(loading.load_model(gpt2_path), 1.0)
     shapes = []
-    scorer.transformer.register_forward_pre_hook(
+    scorer.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     together = generation.sequence_logprobs(scorer, prompts, completions, 0, settings(batch_size=5), "")
