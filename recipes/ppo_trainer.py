@@ -213,9 +213,9 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
         """Sample from the trainer's settings alone: `generate` fills what they leave open from the model's own."""
         policy = self._policy
         positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        longest = max(map(len, prompt_ids))
-        if not min(map(len, prompt_ids)):
+        if not all(prompt_ids):
             raise ValueError("prompt: one has no tokens; leave out empty prompts")
+        longest = max(map(len, prompt_ids))
         if longest + self.max_completion_length > positions:
             raise ValueError(
                 f"max_completion_length: {self.max_completion_length} after a prompt of {longest} tokens is more than "

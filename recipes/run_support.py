@@ -17,26 +17,13 @@ from transformers.trainer_utils import TrainOutput
 from rewards import SCORE_OFFSET, load_classifier
 
 
-def keep_freed_memory(large_pages=2**31 - 2**21):
-    """Let glibc keep what a tensor frees for the next one; it returns blocks of 32 MiB and more, and gets them anew.
-
-    The first `large_pages` bytes of that memory are in pages of 2 MiB where Linux has them; none is taken before a
-    tensor needs it. Does nothing but on Linux with glibc.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):
-        return
-    trim_threshold, mmap_threshold, use_large_pages = -1, -3, 14  # as malloc.h and mman.h number them
-    libc.mallopt(trim_threshold, 2**31 - 1)
-    libc.mallopt(mmap_threshold, 2**31 - 1)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    block = libc.malloc(large_pages)
-    if block:
-        page = os.sysconf("SC_PAGE_SIZE")
-        start = -(-block // page) * page
-        libc.madvise(start, (block + large_pages - start) // page * page, use_large_pages)
-        libc.free(block)
+def keep_freed_memory():
+    """Let glibc keep what a tensor frees for the next one; it returns blocks of 32 MiB and more, and gets them anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**31 - 1)
 
 
 class SeededByPass(Sampler):

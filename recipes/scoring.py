@@ -150,10 +150,8 @@ class CompletionRows:
         self.row, token = self.mask.nonzero(as_tuple=True)
         prompt_lengths = attention_mask[:, :-num_completion_tokens].sum(1)
         self.position = prompt_lengths[self.row] + token - 1
-        self.passes = [slice(0, len(input_ids))]
-        if max_padding is not None:
-            self.passes = _passes(attention_mask.sum(1).tolist(), max_padding)
-        self.lengths = attention_mask.sum(1)
+        self.lengths = attention_mask.sum(1).tolist()
+        self.passes = [slice(0, len(input_ids))] if max_padding is None else _passes(self.lengths, max_padding)
 
     def states(self, trunk):
         """The last hidden states (N, H) of `trunk`, which is run on a few rows of like length at a time."""
@@ -162,7 +160,7 @@ class CompletionRows:
         return torch.cat([self._pass(trunk, embeddings, rows) for rows in self.passes])
 
     def _pass(self, trunk, embeddings, rows):
-        longest = int(self.lengths[rows].max())
+        longest = max(self.lengths[rows])
         states = trunk(inputs_embeds=embeddings[rows, :longest], use_cache=False).last_hidden_state
         here = (self.row >= rows.start) & (self.row < rows.stop)
         return states[self.row[here] - rows.start, self.position[here]]
@@ -180,8 +178,8 @@ def _passes(lengths, max_padding):
     """Consecutive rows, as slices, with at most `max_padding` tokens of padding in each."""
     slices, start = [], 0
     for stop in range(1, len(lengths) + 1):
-        padding = [max(lengths[start : stop + 1]) - length for length in lengths[start : stop + 1]]
-        if stop == len(lengths) or sum(padding) > max_padding:
+        with_next = lengths[start : stop + 1]
+        if stop == len(lengths) or max(with_next) * len(with_next) - sum(with_next) > max_padding:
             slices.append(slice(start, stop))
             start = stop
     return slices
