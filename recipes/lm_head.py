@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 TILE = 2048  # words of the vocabulary at a time: N × TILE stays in the cache of a CPU for a micro-batch's N
+KEPT = 2**26  # logits of which the backward pass finds exp as it was, 256 MiB; those of other tiles it computes again
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+def tiled_log_probs(hidden, weight, targets, temperature):
+    """`TiledLogProbs`, which keeps what fits into `KEPT` if there will be a backward pass."""
+    return TiledLogProbs.apply(hidden, weight, targets, temperature, KEPT if torch.is_grad_enabled() else 0)
 
 
 class TiledLogProbs(torch.autograd.Function):
@@ -22,19 +28,20 @@ class TiledLogProbs(torch.autograd.Function):
         ∂/∂hidden_i = g_i/T · (weight[y_i] − p_i·weight),     ∂/∂weight = Σ_i g_i/T · (1[y_i] − p_i)ᵀ·hidden_i.
 
     The weights g_i/T are put on `hidden` and on the sum, both of size N·H, and not on p, so that exp is all that a tile
-    of the backward pass needs.
+    of the backward pass needs; as many tiles as `kept` logits fill are spared even that. One backward pass only.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
+    def forward(ctx, hidden, weight, targets, temperature, kept=0):
         dtype = _product_dtype(hidden)
         scaled = (hidden.float() / temperature).to(dtype)
         tops, sums, dots = torch.empty(3, -(-len(weight) // TILE), len(hidden))
-        exps = torch.empty(len(hidden) * TILE)
+        num_kept = min(kept // max(len(hidden) * TILE, 1), len(tops))
+        exps = torch.empty(num_kept + 1, len(hidden) * TILE)  # the last for those that are not kept
         for k, (_, words, logits) in enumerate(_tiles(scaled, weight)):
             logits = torch.mm(scaled, words.t(), out=logits).float()
             logits.sub_(torch.amax(logits, 1, out=tops[k])[:, None])
-            exp = torch.exp(logits, out=exps[: logits.numel()].view_as(logits))
+            exp = torch.exp(logits, out=_as_tile(exps[min(k, num_kept)], logits))
             torch.sum(exp, 1, out=sums[k])
             torch.sum(logits.mul_(exp), 1, out=dots[k])
         log_partial = tops + sums.log()  # of each tile's share in the partition function
@@ -42,21 +49,24 @@ class TiledLogProbs(torch.autograd.Function):
         # The mean of −log p, from differences: logits may be large, and their entropy small.
         entropy = -((log_partial - log_partition).exp() * (tops - log_partition + dots / sums)).sum(0)
         target_logit = (scaled.float() * weight[targets].to(dtype).float()).sum(1)
-        ctx.save_for_backward(hidden, weight, targets, log_partition)
+        ctx.save_for_backward(hidden, weight, targets, log_partition, tops[:num_kept], exps[:num_kept])
         ctx.temperature, ctx.dtype = temperature, dtype
         ctx.mark_non_differentiable(entropy)
         return target_logit - log_partition, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, log_partition = ctx.saved_tensors
+        hidden, weight, targets, log_partition, tops, exps = ctx.saved_tensors
         scaled = (hidden.float() / ctx.temperature).to(ctx.dtype)
         weighted = scaled * -grad[:, None].to(ctx.dtype)
         mean_word = torch.zeros_like(hidden, dtype=torch.float32)  # p·weight
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows, words, memory in _tiles(scaled, weight):
-            logits = torch.mm(scaled, words.t(), out=memory).float()
-            probs = logits.sub_(log_partition[:, None]).exp_()
+        for k, (rows, words, memory) in enumerate(_tiles(scaled, weight)):
+            if k < len(exps):
+                probs = _as_tile(exps[k], memory).mul_((tops[k] - log_partition).exp_()[:, None])
+            else:
+                logits = torch.mm(scaled, words.t(), out=memory).float()
+                probs = logits.sub_(log_partition[:, None]).exp_()
             # In float32: bfloat16 would round each tile's part of the sum.
             mean_word.addmm_(probs, words.float())
             if grad_weight is not None:
@@ -64,7 +74,7 @@ class TiledLogProbs(torch.autograd.Function):
         grad_hidden = (weight[targets] - mean_word) * (grad[:, None] / ctx.temperature)
         if grad_weight is not None:
             grad_weight = grad_weight.index_add_(0, targets, weighted.float(), alpha=-1).to(weight.dtype)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def _product_dtype(hidden):
@@ -77,6 +87,10 @@ def _write_product(out, a, b):
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
+
+
+def _as_tile(memory, tile):
+    return memory[: tile.numel()].view_as(tile)
 
 
 def _tiles(scaled, weight):

@@ -16,7 +16,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import ModelOutput
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
 
-from lm_head import TiledLogProbs, is_plain
+from lm_head import is_plain, tiled_log_probs
 
 PADDING_PER_PASS = 256  # tokens; on a CPU, where a pass of its own costs about as much
 
@@ -108,7 +108,7 @@ def _score_completions(model, fused_forward, temperature, num_completion_tokens,
     rows = CompletionRows(input_ids, attention_mask, num_completion_tokens, PADDING_PER_PASS if is_tiled else None)
     if is_tiled:
         states = rows.states(model.base_model)
-        log_probs, entropy = TiledLogProbs.apply(states, lm_head.weight, rows.targets, temperature)
+        log_probs, entropy = tiled_log_probs(states, lm_head.weight, rows.targets, temperature)
     else:
         log_probs, entropy, states = _score_fused(model, fused_forward, rows)
     critic = getattr(model, "critic", None)

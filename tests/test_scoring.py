@@ -8,7 +8,7 @@ from transformers.activations import NewGELUActivation
 
 import lm_head
 import scoring
-from lm_head import TiledLogProbs, is_plain
+from lm_head import TiledLogProbs, is_plain, tiled_log_probs
 from scoring import CompletionRows, add_scoring_forward
 
 
@@ -26,9 +26,10 @@ def whole_logits(states, weight, targets, temperature):
     return log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(1)
 
 
+@pytest.mark.parametrize("kept", [0, 37 * lm_head.TILE, 10**9])  # tiles: none, one, all
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab", [300, lm_head.TILE, 5000])  # less than a tile, one, and a last one that is not full
-def test_tiles_equal_whole_logits(vocab, temperature):
+def test_tiles_equal_whole_logits(vocab, temperature, kept):
     states, weight, targets = random_head(vocab=5000)
     weight, targets = weight[:vocab], targets % vocab
     expected = [x.double().requires_grad_() for x in (states, weight)]
@@ -37,7 +38,7 @@ def test_tiles_equal_whole_logits(vocab, temperature):
     (log_probs * coefficients).sum().backward()
 
     given = [x.clone().requires_grad_() for x in (states, weight)]
-    ours, our_entropy = TiledLogProbs.apply(*given, targets, temperature)
+    ours, our_entropy = TiledLogProbs.apply(*given, targets, temperature, kept)
     (ours * coefficients).sum().backward()
     torch.testing.assert_close(ours.double(), log_probs, rtol=0, atol=3e-5)
     torch.testing.assert_close(our_entropy.double(), entropy, rtol=0, atol=3e-5)
@@ -47,7 +48,7 @@ def test_tiles_equal_whole_logits(vocab, temperature):
 
 def test_large_logits_do_not_overflow():
     states, weight, targets = random_head()
-    log_probs, entropy = TiledLogProbs.apply(states * 100, weight, targets, 1.0)
+    log_probs, entropy = tiled_log_probs(states * 100, weight, targets, 1.0)
     expected, expected_entropy = whole_logits((states * 100).double(), weight.double(), targets, 1.0)
     torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-2)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=1e-2)
@@ -55,7 +56,7 @@ def test_large_logits_do_not_overflow():
 
 def test_a_frozen_head_gets_no_gradient():
     states, weight, targets = random_head()
-    TiledLogProbs.apply(states.requires_grad_(), weight, targets, 1.0)[0].sum().backward()
+    tiled_log_probs(states.requires_grad_(), weight, targets, 1.0)[0].sum().backward()
     assert states.grad.abs().sum() > 0
     assert weight.grad is None
 
@@ -64,7 +65,7 @@ def test_autocast_takes_products_in_bfloat16_and_sums_in_float32():
     states, weight, targets = random_head()
     given = [x.clone().requires_grad_() for x in (states, weight)]
     with torch.autocast("cpu", torch.bfloat16):
-        log_probs, _ = TiledLogProbs.apply(*given, targets, 1.0)
+        log_probs, _ = tiled_log_probs(*given, targets, 1.0)
     log_probs.sum().backward()
     expected = [x.clone().requires_grad_() for x in (states, weight)]
     exact, _ = whole_logits(*expected, targets, 1.0)
@@ -81,13 +82,14 @@ def test_a_token_that_comes_often_is_summed_in_float32():
     """300 steps of 1/256 on its row of a bfloat16 head: in bfloat16 the sum would stop growing at 1."""
     states, weight, targets = torch.full((300, 1), 1 / 256), torch.zeros(5000, 1), torch.full((300,), 7)
     weight = weight.bfloat16().requires_grad_()
-    TiledLogProbs.apply(states.bfloat16(), weight, targets, 1.0)[0].sum().backward()
+    tiled_log_probs(states.bfloat16(), weight, targets, 1.0)[0].sum().backward()
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad[7].item() == pytest.approx(300 / 256, rel=0.01)
 
 
-def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch):
-    """The largest product that either pass writes is N × TILE."""
+@pytest.mark.parametrize("kept", [0, 2])
+def test_what_is_held_of_tokens_by_vocabulary_is_bounded(monkeypatch, kept):
+    """The largest product that either pass writes is N × TILE; the backward pass spares those that were kept."""
     widths = []
     mm = torch.mm
 
@@ -97,10 +99,25 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch):
         return result
 
     monkeypatch.setattr(torch, "mm", watched)
+    monkeypatch.setattr(lm_head, "KEPT", kept * 37 * lm_head.TILE)
     states, weight, targets = random_head(vocab=3 * lm_head.TILE + 5)
-    TiledLogProbs.apply(states.requires_grad_(), weight.requires_grad_(), targets, 1.0)[0].sum().backward()
-    assert len(widths) == 4 + 2 * 4
+    log_probs, _ = tiled_log_probs(states.requires_grad_(), weight.requires_grad_(), targets, 1.0)
+    assert (
+        sum(tensor.numel() for tensor in log_probs.grad_fn.saved_tensors)
+        < lm_head.KEPT + 10 * states.numel() + weight.numel()
+    )
+    log_probs.sum().backward()
+    assert len(widths) == 4 + 2 * 4 - kept
     assert max(widths) == lm_head.TILE
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    kept = []
+    monkeypatch.setattr(TiledLogProbs, "apply", lambda *args: kept.append(args[-1]))
+    with torch.no_grad():
+        tiled_log_probs(*random_head(), 1.0)
+    tiled_log_probs(*random_head(), 1.0)
+    assert kept == [0, lm_head.KEPT]
 
 
 def small_gpt2(**config):
