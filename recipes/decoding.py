@@ -4,8 +4,10 @@ The distribution is that of transformers' own loop, with its logits processors a
 cost per token: a row leaves the batch when it has ended, the cache is written to and not copied, and a draw takes one
 random number for a row, where `torch.multinomial` takes one for every word of the vocabulary.
 
-Shapes: B prompts, P prompt tokens (left-padded), V the vocabulary.
+Shapes: B prompts, P prompt tokens (left-padded), C sampled tokens, H the hidden size, V the vocabulary.
 """
+
+from contextlib import nullcontext
 
 import torch
 from transformers import DynamicCache
@@ -54,39 +56,57 @@ def draw(logits):
 
 
 @torch.no_grad()
-def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-    """Prompts (B, P) → prompts and completions (B, longest), padded on the right with `pad_token_id`.
+def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, kept_states=None, **model_kwargs):
+    """Prompts (B, P) → prompts and completions (B, P+C), padded on the right with `pad_token_id`.
 
     Takes what `generate` gives a decoding method. Logits processors and stopping criteria see the rows that go on,
     so they may not count on a row's place in the batch. Not for ZeRO-3, where every rank has to run as many passes as
     the others.
+
+    To the list `kept_states`, if there is one, it appends the last hidden states (B, C, H) from which the words were
+    drawn; what they are after a row's end means nothing.
     """
     width = input_ids.size(1)
-    sequences = [None] * len(input_ids)
+    sequences, states = [None] * len(input_ids), []
     rows = torch.arange(len(input_ids))  # which of the prompts each row of `input_ids` goes on with
     ended = torch.zeros(len(rows), dtype=torch.bool)
     model_kwargs["past_key_values"] = roomy(model_kwargs.get("past_key_values"), stopping_criteria.max_length)
-    while True:
-        first = input_ids.size(1) == width
-        model_inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **model_kwargs
-        )
-        outputs = model(**model_inputs, return_dict=True)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        scores = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
-        words = draw(scores) if generation_config.do_sample else scores.argmax(1)
-        input_ids = torch.cat([input_ids, words[:, None]], dim=1)
-        just_ended = stopping_criteria(input_ids, None) & ~ended
-        for row in just_ended.nonzero().squeeze(1).tolist():
-            sequences[rows[row]] = input_ids[row]
-        ended |= just_ended
-        if ended.all():
-            break
-        if ended.float().mean() >= WORTH_A_COPY:
-            going_on = (~ended).nonzero().squeeze(1)
-            input_ids, rows, ended = input_ids[going_on], rows[going_on], ended[going_on]
-            model_kwargs = {name: select(value, going_on) for name, value in model_kwargs.items()}
+
+    def keep(trunk, args, output):
+        states.append((rows, output.last_hidden_state[:, -1].clone()))
+
+    with nullcontext() if kept_states is None else model.base_model.register_forward_hook(keep):
+        while True:
+            first = input_ids.size(1) == width
+            model_inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **model_kwargs
+            )
+            outputs = model(**model_inputs, return_dict=True)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            scores = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
+            words = draw(scores) if generation_config.do_sample else scores.argmax(1)
+            input_ids = torch.cat([input_ids, words[:, None]], dim=1)
+            just_ended = stopping_criteria(input_ids, None) & ~ended
+            for row in just_ended.nonzero().squeeze(1).tolist():
+                sequences[rows[row]] = input_ids[row]
+            ended |= just_ended
+            if ended.all():
+                break
+            if ended.float().mean() >= WORTH_A_COPY:
+                going_on = (~ended).nonzero().squeeze(1)
+                input_ids, rows, ended = input_ids[going_on], rows[going_on], ended[going_on]
+                model_kwargs = {name: select(value, going_on) for name, value in model_kwargs.items()}
+    if kept_states is not None:
+        kept_states.append(stack_by_row(states, len(sequences)))
     return torch.nn.utils.rnn.pad_sequence(sequences, True, float(generation_config._pad_token_tensor))
+
+
+def stack_by_row(states, num_rows):
+    """`(rows, states of these rows)` for each token → (`num_rows`, tokens, H), 0 where a row has left."""
+    stacked = states[0][1].new_zeros(num_rows, len(states), states[0][1].size(1))
+    for token, (rows, state) in enumerate(states):
+        stacked[rows, token] = state
+    return stacked
 
 
 def roomy(cache, capacity):

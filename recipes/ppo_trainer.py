@@ -150,10 +150,13 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
         end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
         self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
         add_scoring_forward(self._policy, self.temperature)
+        self._sampled_states = []
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
             if not is_deepspeed_zero3_enabled():
-                self._policy.generate = functools.partial(self._policy.generate, custom_generate=decoding.sample)
+                self._policy.generate = functools.partial(
+                    self._policy.generate, custom_generate=decoding.sample, kept_states=self._sampled_states
+                )
         if self.ref_model is not None:
             add_scoring_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
         self._policy.critic = self._make_critic().to(self.accelerator.device)
@@ -233,6 +236,7 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
 
         # 1. Sample a completion for each prompt.
         started = time.perf_counter()
+        self._sampled_states.clear()
         prompt_ids, completion_ids, _, completions, *_ = self._generate(prompts)
         batch = pad_batch(prompt_ids, completion_ids, self._tokenizer.pad_token_id)
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
@@ -241,7 +245,7 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
 
         # 2. Log-probabilities and values under the policy, log-probabilities under the reference.
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            policy = self._score(self.model, batch)
+            policy = self._score(self.model, batch | self._states_of_sampling(mask))
             reference = self._score_reference(batch)
 
         # 3. Scores.
@@ -290,6 +294,16 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
         self._logs["completion"].extend(gather_object(completions))
         self._logs["advantages"].extend(self.accelerator.gather(mean_advantages).tolist())
 
+    def _states_of_sampling(self, mask):
+        """`{"states": (B, C, H)}` where sampling kept them for all of these completions, else nothing: `{}`.
+
+        They spare the policy a pass, in float32: with fewer bits they are rounded otherwise than in the update's pass.
+        """
+        if self.accelerator.mixed_precision != "no" or len(self._sampled_states) != 1:
+            return {}
+        states = self._sampled_states[0]
+        return {"states": states} if states.dtype == torch.float32 and states.shape[:2] == mask.shape else {}
+
     def _score(self, model, batch):
         """`ScoredTokens` of a whole rollout, in micro-batches of like length."""
         shape = batch["completion_mask"].shape
@@ -306,6 +320,7 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 num_completion_tokens=batch["completion_mask"].size(1),
+                states=batch.get("states"),
             )
         return ScoredTokens(**{name: tensor.float() for name, tensor in scored.items()})
 

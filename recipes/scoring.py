@@ -87,6 +87,9 @@ def add_scoring_forward(model, temperature=1.0):
     That call returns `ScoredTokens`; any other call is unchanged, so that `generate` is too. Only the N hidden states
     that predict completion tokens reach the LM head, which is applied in tiles: logits of N × vocabulary are never
     held. Values come from `model.critic`, if there is one, on the same hidden states. No prompt may be empty.
+
+    `states` (B, C, H), if given, are taken for the hidden states that predict the completion's tokens, which spares the
+    trunk's pass; on a CPU and for plain logits alone.
     """
     fuse_gelu(model)
     add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
@@ -102,12 +105,14 @@ def add_scoring_forward(model, temperature=1.0):
     return model
 
 
-def _score_completions(model, fused_forward, temperature, num_completion_tokens, input_ids, attention_mask, **_):
+def _score_completions(
+    model, fused_forward, temperature, num_completion_tokens, input_ids, attention_mask, states=None, **_
+):
     lm_head = model.get_output_embeddings()
     is_tiled = is_plain(model.config, lm_head)
     rows = CompletionRows(input_ids, attention_mask, num_completion_tokens, PADDING_PER_PASS if is_tiled else None)
     if is_tiled:
-        states = rows.states(model.base_model)
+        states = rows.states(model.base_model) if states is None else states[rows.mask]
         log_probs, entropy = tiled_log_probs(states, lm_head.weight, rows.targets, temperature)
     else:
         log_probs, entropy, states = _score_fused(model, fused_forward, rows)

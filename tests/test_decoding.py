@@ -72,6 +72,21 @@ def test_rows_that_have_ended_leave_the_batch(model, monkeypatch):
     assert sizes[-1] <= 4
 
 
+def test_the_states_kept_are_those_of_a_pass_over_the_whole_completion(model):
+    kept = []
+    sequences = generate(model, True, custom_generate=decoding.sample, kept_states=kept)
+    (states,) = kept
+    prompts = left_padded()
+    width = prompts["input_ids"].size(1)
+    ends = (sequences[:, width:] == EOS).int().argmax(1).tolist()
+    assert len(set(ends)) > 4  # rows leave at different tokens
+    for row, end in enumerate(ends):
+        tokens = sequences[row, : width + end][prompts["attention_mask"][row].argmax() :]
+        whole = model.base_model(tokens[None]).last_hidden_state[0, -end - 1 :]
+        torch.testing.assert_close(states[row, : end + 1], whole, rtol=1e-4, atol=1e-5)
+    assert not model.base_model._forward_hooks
+
+
 def test_a_seed_decides_what_is_sampled(model):
     first, again = (generate(model, True, custom_generate=decoding.sample) for _ in range(2))
     assert first.tolist() == again.tolist()

@@ -21,6 +21,7 @@ from transformers import (
 
 from ppo_config import PPOConfig
 from ppo_trainer import PPOTrainer, ValueModel, add_scoring_forward, pad_batch
+from scoring import CompletionRows
 
 PROMPTS = [
     "the movie",
@@ -352,6 +353,26 @@ def test_row_17_left_padding_changes_no_log_prob(name, temperature, request):
     for row, logprobs in zip(scored, expected, strict=True):
         assert torch.allclose(row[: len(logprobs)], logprobs, atol=1e-5)
         assert (row[len(logprobs) :] == 0).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"model_init_kwargs": {"dtype": "bfloat16"}}])
+@pytest.mark.parametrize("path", ["gpt2_path", "llama_path"])
+def test_in_float32_the_states_kept_from_sampling_spare_the_policy_a_pass(
+    path, settings, tmp_path, request, monkeypatch
+):
+    trainer = make_trainer(request.getfixturevalue(path), tmp_path, temperature=0.7, top_k=50, **settings)
+    passes = []
+    states = CompletionRows.states
+    monkeypatch.setattr(CompletionRows, "states", lambda rows, trunk: passes.append(trunk) or states(rows, trunk))
+    rollout = roll_out(trainer)
+    assert (trainer._policy.base_model in passes) == bool(settings)
+    assert trainer.ref_model.base_model in passes
+    with torch.no_grad():
+        passed = trainer._score(trainer.model, rollout)
+    assert trainer._policy.base_model in passes
+    exact = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(rollout["old_logprobs"], passed.log_probs, **exact)
+    torch.testing.assert_close(rollout["old_values"], passed.state_values, **exact)
 
 
 def test_scoring_leaves_the_plain_forward_and_generate_as_they_were(gpt2_path):
