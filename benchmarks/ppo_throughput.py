@@ -281,8 +281,9 @@ def fit(points):
 
 
 def draw(series, exponents, path):
-    """Samples/s above, peak memory below, against each size; one SVG."""
+    """Samples/s above, with what the operations alone would make of the last, and peak memory below; one SVG."""
     from matplotlib.figure import Figure  # not before all is measured: it is no small import
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(3 * len(series), 5.5), layout="constrained")
     rows = figure.subplots(2, len(series), squeeze=False)
@@ -292,9 +293,18 @@ def draw(series, exponents, path):
         for axes, (key, fitted, sign) in zip(rows[:, column], shown, strict=True):
             medians = [point[key]["median"] for point in points]
             errors = [[abs(p[key]["median"] - p[key][end]) for p in points] for end in ("low", "high")]
-            axes.errorbar(values, medians, yerr=errors, marker="o")
+            axes.errorbar(values, medians, yerr=errors, marker="o", label="measured")
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=FIGURES[key][0])
-            axes.set_title(f"∝ x^{sign * exponents[name][fitted]:.2f}")
+            axes.set_title(f"∝ x$^{{{sign * exponents[name][fitted]:.2f}}}$")
+            axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30, minor=False)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        last = points[-1]["operations_per_sample"] * points[-1]["samples_per_second"]["median"]
+        by_operations = [last / point["operations_per_sample"] for point in points]
+        rows[0, column].plot(values, by_operations, linestyle="--", label="by operations")
+        rows[0, column].legend()
     figure.savefig(path)
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens on a CPU, tile by tile of the vocabulary: logits of N × V are never held.
+"""Log-probabilities of given tokens on a CPU, tile by tile of the vocabulary: of N × V logits 256 MiB are held at most.
 
 TRL's `fused_lm_head` does this in Triton on a GPU; elsewhere it falls back to a dozen passes over every tile, each into
 memory of its own. Here a tile is written where the last one was, and passed over once in the backward pass.
