@@ -85,8 +85,8 @@ def add_scoring_forward(model, temperature=1.0):
     """Teach a causal LM to score completions: `model(input_ids, attention_mask, num_completion_tokens=C)`.
 
     That call returns `ScoredTokens`; any other call is unchanged, so that `generate` is too. Only the N hidden states
-    that predict completion tokens reach the LM head, which is applied in tiles: N × vocabulary logits are never held
-    all at once. Values come from `model.critic`, if there is one, on the same hidden states. No prompt may be empty.
+    that predict completion tokens reach the LM head, which is applied in tiles: of N × vocabulary logits 256 MiB are
+    held at most. Values come from `model.critic`, if there is one, on the same hidden states. No prompt may be empty.
 
     `states` (B, C, H), if given, are taken for the hidden states that predict the completion's tokens, which spares the
     trunk's pass; on a CPU and for plain logits alone.
