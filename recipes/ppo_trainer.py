@@ -301,7 +301,7 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
         """
         if self.accelerator.mixed_precision != "no" or len(self._sampled_states) != 1:
             return {}
-        states = self._sampled_states[0]
+        states = self._sampled_states.pop()
         return {"states": states} if states.dtype == torch.float32 and states.shape[:2] == mask.shape else {}
 
     def _score(self, model, batch):
