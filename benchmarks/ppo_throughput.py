@@ -296,7 +296,7 @@ def draw(series, exponents, path):
             axes.errorbar(values, medians, yerr=errors, marker="o", label="measured")
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=FIGURES[key][0])
             axes.set_title(f"∝ x$^{{{sign * exponents[name][fitted]:.2f}}}$")
-            axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30, minor=False)
+            axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30)
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -72,7 +72,7 @@ def sample(model, input_ids, logits_processor, stopping_criteria, generation_con
     ended = torch.zeros(len(rows), dtype=torch.bool)
     model_kwargs["past_key_values"] = roomy(model_kwargs.get("past_key_values"), stopping_criteria.max_length)
 
-    def keep(trunk, args, output):
+    def keep(trunk, args, output):  # for the rows of that moment
         states.append((rows, output.last_hidden_state[:, -1].clone()))
 
     with nullcontext() if kept_states is None else model.base_model.register_forward_hook(keep):

@@ -32,7 +32,7 @@ class TiledLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, kept=0):
+    def forward(ctx, hidden, weight, targets, temperature, kept):
         dtype = _product_dtype(hidden)
         scaled = (hidden.float() / temperature).to(dtype)
         tops, sums, dots = torch.empty(3, -(-len(weight) // TILE), len(hidden))
@@ -41,7 +41,7 @@ class TiledLogProbs(torch.autograd.Function):
         for k, (_, words, logits) in enumerate(_tiles(scaled, weight)):
             logits = torch.mm(scaled, words.t(), out=logits).float()
             logits.sub_(torch.amax(logits, 1, out=tops[k])[:, None])
-            exp = torch.exp(logits, out=_as_tile(exps[min(k, num_kept)], logits))
+            exp = torch.exp(logits, out=_as_tile(exps[min(k, num_kept)], *logits.shape))
             torch.sum(exp, 1, out=sums[k])
             torch.sum(logits.mul_(exp), 1, out=dots[k])
         log_partial = tops + sums.log()  # of each tile's share in the partition function
@@ -63,7 +63,7 @@ class TiledLogProbs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for k, (rows, words, memory) in enumerate(_tiles(scaled, weight)):
             if k < len(exps):
-                probs = _as_tile(exps[k], memory).mul_((tops[k] - log_partition).exp_()[:, None])
+                probs = _as_tile(exps[k], *memory.shape).mul_((tops[k] - log_partition).exp_()[:, None])
             else:
                 logits = torch.mm(scaled, words.t(), out=memory).float()
                 probs = logits.sub_(log_partition[:, None]).exp_()
@@ -89,8 +89,8 @@ def _write_product(out, a, b):
         out.copy_(a @ b)
 
 
-def _as_tile(memory, tile):
-    return memory[: tile.numel()].view_as(tile)
+def _as_tile(memory, num_tokens, num_words):
+    return memory[: num_tokens * num_words].view(num_tokens, num_words)
 
 
 def _tiles(scaled, weight):
@@ -99,7 +99,7 @@ def _tiles(scaled, weight):
     for start in range(0, len(weight), TILE):
         rows = slice(start, min(start + TILE, len(weight)))
         words = weight[rows].to(scaled.dtype)
-        yield rows, words, memory[: len(scaled) * len(words)].view(len(scaled), len(words))
+        yield rows, words, _as_tile(memory, len(scaled), len(words))
 
 
 def is_plain(config, lm_head):

@@ -131,11 +131,8 @@ def _score_fused(model, fused_forward, rows):
         output["last_hidden_state"] = states[None]
         return output
 
-    hook = model.base_model.register_forward_hook(keep_predicting)
-    try:
+    with model.base_model.register_forward_hook(keep_predicting):
         scored = fused_forward(input_ids=rows.ids, shift_labels=rows.targets[None], fused_lm_head=True)
-    finally:
-        hook.remove()
     return scored.log_probs[0], scored.entropy[0], states
 
 

@@ -61,11 +61,12 @@ def test_a_frozen_head_gets_no_gradient():
     assert weight.grad is None
 
 
-def test_autocast_takes_products_in_bfloat16_and_sums_in_float32():
+@pytest.mark.parametrize("kept", [0, lm_head.KEPT])
+def test_autocast_takes_products_in_bfloat16_and_sums_in_float32(kept):
     states, weight, targets = random_head()
     given = [x.clone().requires_grad_() for x in (states, weight)]
     with torch.autocast("cpu", torch.bfloat16):
-        log_probs, _ = tiled_log_probs(*given, targets, 1.0)
+        log_probs, _ = TiledLogProbs.apply(*given, targets, 1.0, kept)
     log_probs.sum().backward()
     expected = [x.clone().requires_grad_() for x in (states, weight)]
     exact, _ = whole_logits(*expected, targets, 1.0)
@@ -78,11 +79,12 @@ def test_autocast_takes_products_in_bfloat16_and_sums_in_float32():
         assert nn.functional.cosine_similarity(x.grad.flatten(), y.grad.flatten(), dim=0) > 0.9999
 
 
-def test_a_token_that_comes_often_is_summed_in_float32():
+@pytest.mark.parametrize("kept", [0, lm_head.KEPT])
+def test_a_token_that_comes_often_is_summed_in_float32(kept):
     """300 steps of 1/256 on its row of a bfloat16 head: in bfloat16 the sum would stop growing at 1."""
     states, weight, targets = torch.full((300, 1), 1 / 256), torch.zeros(5000, 1), torch.full((300,), 7)
     weight = weight.bfloat16().requires_grad_()
-    tiled_log_probs(states.bfloat16(), weight, targets, 1.0)[0].sum().backward()
+    TiledLogProbs.apply(states.bfloat16(), weight, targets, 1.0, kept)[0].sum().backward()
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad[7].item() == pytest.approx(300 / 256, rel=0.01)
 
