@@ -357,8 +357,9 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
                     a + b for a, b in zip(self.score_sums, self._sum_over_ranks(moments).tolist(), strict=True)
                 ]
             count, total, squares = self.score_sums
-            variance = (squares - total**2 / count) / max(count - 1, 1)
-            scores = (scores - total / count) / max(math.sqrt(max(variance, 0.0)), 1e-8)
+            if count:  # none yet in an evaluation before the first rollout
+                variance = (squares - total**2 / count) / max(count - 1, 1)
+                scores = (scores - total / count) / max(math.sqrt(max(variance, 0.0)), 1e-8)
         if self.args.score_clip is not None:
             scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
         return scores
@@ -448,10 +449,9 @@ class PPOTrainer(CriticCheckpoints, GRPOTrainer):
     def _track(self, name, values, mask=None):
         """Add to the running mean of a metric over what counts; `log` sums over ranks once."""
         mode = "train" if self.model.training else "eval"
-        if mask is None:
-            if mode == "eval":  # without the samples that only fill up the last batch
-                values = self.accelerator.gather_for_metrics(values)
-            mask = torch.ones_like(values)
+        mask = torch.ones_like(values) if mask is None else mask
+        if mode == "eval":  # without the samples that only fill up the last batch
+            values, mask = self.accelerator.gather_for_metrics((values, mask))
         self._sums[mode][name] = self._sums[mode][name] + torch.stack([(values * mask).sum(), mask.sum()]).double()
 
     def _explained_variance(self, values, returns, mask):

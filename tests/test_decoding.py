@@ -115,6 +115,38 @@ def test_the_ends_of_the_unit_interval_draw_possible_words(monkeypatch, uniform)
     assert words.max() <= 298
 
 
+def test_a_threshold_that_rounding_has_raised_to_the_total_draws_a_possible_word(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.ones(shape))
+    logits = torch.randn(500, 301, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, 1, 299, 300]] = -torch.inf
+    words = decoding.draw(logits)
+    assert words.min() >= 2
+    assert words.max() <= 298
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_what_follows_a_rows_end_is_padding(model, do_sample):
+    """One row of sixteen ends at once: too few for it to leave the batch, so it goes on being fed."""
+    prompts = left_padded()
+
+    def end_first_row(input_ids, scores):
+        scores[:, EOS] = torch.where(torch.arange(len(scores)) == 0, 1e4, -1e4)
+        return scores
+
+    torch.manual_seed(1)
+    sequences = model.generate(
+        **prompts,
+        do_sample=do_sample,
+        max_new_tokens=12,
+        logits_processor=[end_first_row],
+        custom_generate=decoding.sample,
+    )
+    completions = sequences[:, prompts["input_ids"].size(1) :]
+    assert completions.shape == (16, 12)
+    assert completions[0].tolist() == [EOS] + [PAD] * 11
+    assert (completions[1:] != EOS).all()
+
+
 def test_sampling_follows_the_model(model):
     """The first token of 20,000 samples, temperature and top-k included, against exact probabilities."""
     prompt = torch.tensor([[5, 6, 7]])

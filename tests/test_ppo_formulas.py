@@ -107,6 +107,14 @@ def test_policy_loss_has_no_gradient_where_the_ratio_left_the_clip_range_for_the
     assert loss[0, 4].item() == -1.0
 
 
+def test_each_epsilon_bounds_the_ratio_on_its_own_side():
+    ratio = torch.tensor([1.4, 1.6, 0.95, 0.8])
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss, clipped = clipped_policy_loss(ratio.log(), torch.zeros(4), advantages, epsilon_low=0.1, epsilon_high=0.5)
+    assert loss.tolist() == pytest.approx([-1.4, -1.5, 0.95, 0.9])
+    assert clipped.tolist() == [0.0, 1.0, 0.0, 1.0]
+
+
 def test_value_loss_is_half_the_larger_of_both_squared_errors():
     loss, clipped = clipped_value_loss(
         values=torch.tensor([1.0, 0.1]), old_values=torch.zeros(2), returns=torch.tensor([1.0, 1.0]), cliprange=0.2

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from test_ppo_trainer import give_completions, history, make_trainer, prompts, roll_out
@@ -44,6 +44,21 @@ def test_with_lora_the_reference_is_the_base_with_the_adapter_off(llama_path, tm
         ).log_probs
     prompt = trainer.processing_class(PROMPTS[0])["input_ids"]
     assert torch.allclose(reference[0], _plain_logprobs(base, prompt, [5, 6, 7], 1.0), atol=1e-5)
+
+
+def test_a_policy_that_comes_with_an_adapter_is_its_own_reference(llama_path, tmp_path):
+    """TRL keeps the adapter as it was loaded under the name ref; the base without it is another model."""
+    torch.manual_seed(0)
+    config = lora(init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama_path), config).save_pretrained(tmp_path / "adapter")
+    policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
+    trainer = make_trainer(llama_path, tmp_path / "run", policy=policy, learning_rate=1e-2, total_episodes=16)
+    assert "ref" in trainer.model.peft_config
+    trainer.train()
+    kl = history(trainer, "objective/kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert abs(kl[-1]) > 1e-4
+    assert all("lora_" in name or "critic." in name for name, p in trainer.model.named_parameters() if p.requires_grad)
 
 
 def test_the_saved_adapter_loads_without_a_warning_and_gives_the_policy(llama_path, tmp_path):

@@ -34,16 +34,21 @@ def runs(gpt2_path, tmp_path_factory):
         )
         for ranks, launcher in launchers.items()
     }
-    for ranks, process in running.items():
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, f"{ranks} ranks:\n{output[-4000:]}"
+    try:
+        for ranks, process in running.items():
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, f"{ranks} ranks:\n{output[-4000:]}"
+    finally:
+        for process in running.values():  # a launcher that is terminated ends its ranks, one that is killed does not
+            process.terminate()
+            process.wait()
     return {
         (ranks, name): (
             folder / str(ranks) / name,
             json.loads((folder / str(ranks) / name / "report.json").read_text()),
         )
         for ranks in launchers
-        for name in ("full", "lora")
+        for name in ("full", "lora", "stop_epochs", "evaluate")
     }
 
 
@@ -79,3 +84,20 @@ def test_row_21_what_ranks_save_loads_as_a_plain_model(runs):
     AutoPeftModelForCausalLM.from_pretrained(runs[2, "lora"][0] / "final")
     for name in ("full", "lora"):
         assert (runs[2, name][0] / "final" / "critic.safetensors").exists()
+
+
+def test_ranks_stop_the_epochs_of_a_rollout_together_by_the_kl_of_all(runs):
+    _, alone = runs[1, "stop_epochs"]
+    _, together = runs[2, "stop_epochs"]
+    assert together["kl"] == pytest.approx(alone["kl"], abs=1e-6)
+    assert alone["used"][0][:2] == [0, 1]
+    assert len(alone["used"][0]) < 8, "both rollouts' four epochs"
+    assert together["used"] == alone["used"] * 2
+
+
+def test_samples_that_only_fill_up_the_last_batch_of_an_evaluation_are_not_counted(runs):
+    _, alone = runs[1, "evaluate"]
+    _, together = runs[2, "evaluate"]
+    for metric in ("objective/scores", "objective/kl", "objective/entropy", "rewards/letter_share"):
+        assert together[f"eval_{metric}"] == pytest.approx(alone[f"eval_{metric}"], abs=1e-6), metric
+    assert alone["eval_objective/scores"] > 0

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from ppo_config import PPOConfig
@@ -111,6 +112,49 @@ def test_a_half_written_checkpoint_is_never_picked_up(gpt2_path, tmp_path):
     assert not is_whole(tmp_path / "checkpoint-8")
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-8' is not a whole checkpoint"):
         job(gpt2_path, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_the_last_checkpoint_is_that_of_the_most_steps(gpt2_path, tmp_path):
+    job(gpt2_path, tmp_path, max_steps=16, save_steps=8).train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-16"}
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
+
+
+def test_a_checkpoint_without_its_random_state_is_passed_over(gpt2_path, tmp_path):
+    job(gpt2_path, tmp_path, num_train_epochs=1).train()
+    (state,) = (tmp_path / "checkpoint-8").glob("rng_state*.pth")
+    state.unlink()
+    assert not is_whole(tmp_path / "checkpoint-8")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_every_pass_over_the_prompts_has_an_order_of_its_own(gpt2_path, tmp_path):
+    """A pass over 24 prompts is three rollouts of 8; a resumed run sees the orders of one left alone."""
+    texts = [f"prompt {i}" for i in range(24)]
+
+    def prompts_seen(folder, resume=False, **set):
+        seen = []
+
+        def reward(prompts, completions, **columns):
+            seen.append(list(prompts))
+            return [float(len(completion)) for completion in completions]
+
+        trainer = job(gpt2_path, folder, reward_funcs=reward, train_dataset=Dataset.from_dict({"prompt": texts}), **set)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            pass
+        return seen
+
+    whole = prompts_seen(tmp_path / "whole")
+    passes = [whole[3 * i] + whole[3 * i + 1] + whole[3 * i + 2] for i in range(3)]
+    assert len(whole) == 9
+    assert all(sorted(order) == sorted(texts) for order in passes)
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    broken = prompts_seen(tmp_path / "broken", callbacks=[StopAt(21)])  # in the second pass
+    resumed = prompts_seen(tmp_path / "broken", resume=True)
+    assert broken[:5] == whole[:5]
+    assert resumed == whole[5:]
 
 
 def test_the_trainers_state_is_the_last_file_of_a_checkpoint(gpt2_path, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -45,7 +46,7 @@ def prompts(n=16):
     return Dataset.from_dict({"prompt": [PROMPTS[i % len(PROMPTS)] for i in range(n)]})
 
 
-def make_trainer(path, folder, reward_funcs=letter_share, train_dataset=None, **set):
+def make_trainer(path, folder, reward_funcs=letter_share, train_dataset=None, policy=None, **set):
     """A trainer on tiny settings; `set` takes the trainer's own arguments and those of its config."""
     own = {name: set.pop(name) for name in TRAINER_ARGUMENTS if name in set}
     settings = {
@@ -64,7 +65,7 @@ def make_trainer(path, folder, reward_funcs=letter_share, train_dataset=None, **
         "disable_tqdm": True,
     }
     return PPOTrainer(
-        path,
+        path if policy is None else policy,
         reward_funcs,
         PPOConfig(**(settings | set)),
         prompts() if train_dataset is None else train_dataset,
@@ -155,6 +156,57 @@ def test_row_4_gradients_are_clipped_and_their_norm_is_logged(gpt2_path, tmp_pat
     trainer.train()
     assert max(counter.grad_norms) == pytest.approx(1e-3, rel=1e-3)
     assert min(history(trainer, "grad_norm")) > 1e-3
+
+
+def micro_batches_of_one_rollout(path, folder, **set):
+    """The token ids of each micro-batch that one rollout of 16 distinct completions is cut into, epoch by epoch."""
+    trainer = make_trainer(
+        path,
+        folder,
+        train_dataset=prompts(16),
+        num_mini_batches=2,
+        per_device_train_batch_size=4,
+        num_iterations=2,
+        **set,
+    )
+    give_completions(trainer, [[10 + i] * (1 + i % 5) for i in range(16)])
+    trainer.model.train()
+    seen = []
+    for step in range(trainer.args.steps_per_generation * 2):
+        trainer._step = step
+        batch = trainer._prepare_inputs([{"prompt": PROMPTS[0]}] * 16)
+        seen.append(
+            [
+                row[mask.bool()][-1].item() - 10
+                for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            ]
+        )
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    return first, second
+
+
+def test_every_epoch_draws_its_mini_batches_anew_from_the_whole_rollout(gpt2_path, tmp_path):
+    epochs = micro_batches_of_one_rollout(gpt2_path, tmp_path)
+    mini_batches = [[set(epoch[0] + epoch[1]), set(epoch[2] + epoch[3])] for epoch in epochs]
+    for first, second in mini_batches:
+        assert len(first) == len(second) == 8
+        assert first | second == set(range(16))
+        assert first not in ({*range(8)}, {*range(8, 16)}), "not the halves in the order of the rollout"
+        assert {i % 2 for i in first} == {0, 1}
+    assert mini_batches[0] != mini_batches[1]
+
+
+def test_mini_batches_are_decided_by_the_seed(gpt2_path, tmp_path):
+    same = [micro_batches_of_one_rollout(gpt2_path, tmp_path, seed=seed) for seed in (0, 0, 1)]
+    assert same[0] == same[1]
+    assert same[0] != same[2]
+
+
+def test_micro_batches_hold_completions_of_like_length(gpt2_path, tmp_path):
+    for epoch in micro_batches_of_one_rollout(gpt2_path, tmp_path):
+        lengths = [[1 + i % 5 for i in micro_batch] for micro_batch in epoch]
+        assert max(lengths[0]) <= min(lengths[1])
+        assert max(lengths[2]) <= min(lengths[3])
 
 
 # -- Precision and checkpointing -----------------------------------------------------------------------------------
@@ -375,6 +427,15 @@ def test_in_float32_the_states_kept_from_sampling_spare_the_policy_a_pass(
     torch.testing.assert_close(rollout["old_values"], passed.state_values, **exact)
 
 
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}])
+def test_states_kept_from_sampling_do_not_pile_up(gpt2_path, tmp_path, settings):
+    trainer = make_trainer(gpt2_path, tmp_path, eval_dataset=prompts(4), **settings)
+    roll_out(trainer)
+    trainer.evaluate()
+    roll_out(trainer)
+    assert len(trainer._sampled_states) <= 1
+
+
 def test_scoring_leaves_the_plain_forward_and_generate_as_they_were(gpt2_path):
     model = AutoModelForCausalLM.from_pretrained(gpt2_path).eval()
     ids = torch.tensor([[5, 6, 7]])
@@ -511,6 +572,64 @@ def test_evaluation_averages_over_samples_not_over_batches(gpt2_path, tmp_path):
     assert trainer.evaluate()["eval_objective/scores"] == pytest.approx(3.0)
 
 
+def test_an_evaluation_changes_neither_beta_nor_the_moments_of_the_scores(gpt2_path, tmp_path):
+    trainer = make_trainer(
+        gpt2_path, tmp_path, eval_dataset=prompts(5), kl_target=1.0, kl_horizon=100, score_norm=True, total_episodes=8
+    )
+    trainer.train()
+    before = trainer.kl_coef, list(trainer.score_sums)
+    assert before[1][0] == 8
+    assert before[0] != trainer.args.kl_coef
+    trainer.evaluate()
+    assert (trainer.kl_coef, list(trainer.score_sums)) == before
+
+
+def test_explained_variance_is_over_the_real_tokens(gpt2_path, tmp_path):
+    trainer = make_trainer(
+        gpt2_path,
+        tmp_path,
+        lambda completions, **columns: [float(i) for i in range(len(completions))],
+        learning_rate=0.0,
+        num_iterations=1,
+        total_episodes=8,
+    )
+    give_completions(trainer, [[5], [6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16]] * 2)
+    rollouts = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: rollouts.append(generate(inputs)) or rollouts[-1]
+    trainer.train()
+    mask = rollouts[0]["completion_mask"].bool().numpy()
+    values, returns = (rollouts[0][name].numpy()[mask] for name in ("old_values", "returns"))
+    expected = 1 - np.var(returns - values, ddof=1) / np.var(returns, ddof=1)
+    assert history(trainer, "val/explained_variance") == [pytest.approx(expected, abs=1e-5)]
+
+
+def test_the_objective_is_logged_before_rewards_are_whitened(gpt2_path, tmp_path):
+    logged = {}
+    for whiten_rewards in (False, True):
+        trainer = make_trainer(
+            gpt2_path,
+            tmp_path,
+            lambda completions, **columns: [float(i) for i in range(len(completions))],
+            whiten_rewards=whiten_rewards,
+            learning_rate=0.0,
+            num_iterations=1,
+            total_episodes=8,
+        )
+        trainer.train()
+        logged[whiten_rewards] = history(trainer, "objective/rlhf_reward")
+    assert logged[True] == logged[False] == [pytest.approx(3.5)]
+
+
+def test_the_table_of_completions_shows_the_mean_advantage_of_the_real_tokens(gpt2_path, tmp_path):
+    trainer = make_trainer(gpt2_path, tmp_path, log_completions=True)
+    give_completions(trainer, [[5], [6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16]])
+    rollout = roll_out(trainer)
+    lengths = [1, 6, 2, 3]
+    expected = [row[:length].mean().item() for row, length in zip(rollout["advantages"], lengths, strict=True)]
+    assert list(trainer._logs["advantages"]) == pytest.approx(expected, abs=1e-6)
+
+
 # -- The critic ----------------------------------------------------------------------------------------------------
 
 
@@ -593,6 +712,24 @@ def test_row_33_the_critic_can_have_a_learning_rate_of_its_own(gpt2_path, tmp_pa
     assert moved == {"critic.weight", "critic.bias"}
 
 
+def test_the_critic_with_a_learning_rate_of_its_own_has_no_weight_decay(gpt2_path, tmp_path):
+    """Without a value loss its gradient is 0, so nothing but weight decay could move it."""
+    trainer = make_trainer(
+        gpt2_path, tmp_path, value_learning_rate=1e-2, weight_decay=0.5, vf_coef=0.0, total_episodes=8
+    )
+    before = {name: tensor.clone() for name, tensor in trainer._policy.state_dict().items()}
+    trainer.train()
+    after = trainer._policy.state_dict()
+    assert torch.equal(after["critic.weight"], before["critic.weight"])
+    assert not torch.equal(after["transformer.wte.weight"], before["transformer.wte.weight"])
+
+
+def test_the_value_head_is_drawn_from_the_runs_seed(gpt2_path, tmp_path):
+    heads = [make_trainer(gpt2_path, tmp_path, seed=seed)._policy.critic.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
 # -- Rewards -------------------------------------------------------------------------------------------------------
 
 
@@ -673,6 +810,40 @@ def test_row_33_target_kl_skips_the_rest_of_a_rollouts_epochs(gpt2_path, tmp_pat
     assert moved[5:] == [False] * 4
 
 
+def test_a_rollout_after_one_that_was_broken_off_is_used_from_its_first_micro_batch(gpt2_path, tmp_path):
+    trainer = make_trainer(gpt2_path, tmp_path, learning_rate=1e-2, num_iterations=5, target_kl=1e-3, total_episodes=24)
+    losses = []
+    compute_loss = trainer._compute_loss
+    trainer._compute_loss = lambda *args: losses.append(trainer._step) or compute_loss(*args)
+    trainer.train()
+    # Of five epochs of two micro-batches, each rollout uses the first and the one that finds the policy too far away.
+    assert losses == [rollout * 10 + step for rollout in range(3) for step in range(4)]
+
+
+def test_target_kl_is_held_against_the_kl_of_the_whole_mini_batch(gpt2_path, tmp_path):
+    def skipped(target):
+        trainer = make_trainer(
+            gpt2_path,
+            tmp_path,
+            learning_rate=1e-2,
+            num_iterations=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            target_kl=target,
+            total_episodes=8,
+        )
+        losses = []
+        compute_loss = trainer._compute_loss
+        trainer._compute_loss = lambda *args: losses.append(1) or compute_loss(*args)
+        trainer.train()
+        return len(losses) < 12, history(trainer, "policy/approxkl_avg")[1]
+
+    _, kl = skipped(1e9)
+    assert kl > 0
+    assert skipped(kl * 0.9)[0], "four micro-batches add up to more than nine tenths of their sum"
+    assert not skipped(kl * 1e3)[0]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_row_37_a_score_that_is_no_number_stops_the_run_before_the_step(gpt2_path, tmp_path, bad):
     calls = []
@@ -699,6 +870,15 @@ def test_row_37_a_loss_that_is_no_number_stops_the_run_before_the_step(gpt2_path
     assert torch.equal(trainer._policy.transformer.wte.weight, before)
 
 
+def test_row_37_a_gradient_that_is_no_number_stops_the_run_before_the_step(gpt2_path, tmp_path):
+    trainer = make_trainer(gpt2_path, tmp_path, total_episodes=8)
+    before = trainer._policy.transformer.wte.weight.detach().clone()
+    trainer._policy.transformer.ln_f.bias.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match=r"gradient norm is (inf|nan) at step 0; no step was taken"):
+        trainer.train()
+    assert torch.equal(trainer._policy.transformer.wte.weight, before)
+
+
 def test_row_38_a_reward_function_with_too_few_values_is_named_with_both_counts(gpt2_path, tmp_path):
     def short(completions, **columns):
         return [1.0] * (len(completions) - 1)
@@ -719,6 +899,20 @@ def test_a_sample_that_one_reward_passes_over_is_scored_by_the_others_and_by_non
     assert torch.allclose(returns, torch.tensor([1.0, 3.0, 1.0, 3.0]), atol=1e-5)
     with pytest.raises(ValueError, match=r"every one returned None for sample 1"):
         roll_out(make_trainer(gpt2_path, tmp_path, even))
+
+
+def test_the_logged_mean_of_a_reward_is_over_the_samples_that_it_scored(gpt2_path, tmp_path):
+    def seldom(completions, **columns):
+        return [4.0 if i == 0 else None for i in range(len(completions))]
+
+    def always(completions, **columns):
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(gpt2_path, tmp_path, [seldom, always], total_episodes=8, num_iterations=1)
+    trainer.train()
+    assert history(trainer, "rewards/seldom") == [4.0]
+    assert history(trainer, "rewards/always") == [1.0]
+    assert history(trainer, "objective/scores") == [pytest.approx((5.0 + 7 * 1.0) / 8)]
 
 
 def test_a_model_as_reward_is_refused_with_the_mend(gpt2_path, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig
 
 from test_ppo_trainer import make_trainer, prompts
@@ -72,7 +73,34 @@ def run(path, folder, lora):
     trainer.accelerator.wait_for_everyone()
 
 
+def stop_epochs(path, folder):
+    """A rollout that stops after its second step, at three quarters of that step's KL: no rank alone has so much."""
+    free = job(path, folder / "free", num_train_epochs=1, num_iterations=4, target_kl=1e9)
+    free.train()
+    kl = [entry["policy/approxkl_avg"] for entry in free.state.log_history if "policy/approxkl_avg" in entry]
+    trainer = job(path, folder / "stopped", num_train_epochs=1, num_iterations=4, target_kl=0.75 * kl[1])
+    steps = []
+    compute_loss = trainer._compute_loss
+    trainer._compute_loss = lambda *args: steps.append(trainer._step) or compute_loss(*args)
+    trainer.train()
+    used = gather_object([steps])
+    if trainer.accelerator.is_main_process:
+        (folder / "report.json").write_text(json.dumps({"used": used, "kl": kl}))
+    trainer.accelerator.wait_for_everyone()
+
+
+def evaluate(path, folder):
+    """Five held-out prompts, which two ranks in batches of two cannot share out evenly."""
+    trainer = job(path, folder, eval_dataset=prompts(5), per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        (folder / "report.json").write_text(json.dumps(metrics))
+    trainer.accelerator.wait_for_everyone()
+
+
 if __name__ == "__main__":
     model_path, output = sys.argv[1], Path(sys.argv[2])
     for name, with_lora in (("full", False), ("lora", True)):
         run(model_path, output / name, with_lora)
+    stop_epochs(model_path, output / "stop_epochs")
+    evaluate(model_path, output / "evaluate")
