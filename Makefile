@@ -37,9 +37,9 @@ demo: export HF_HUB_OFFLINE = 1
 demo: export PYTHONWARNINGS = ignore::FutureWarning
 demo: .venv/.installed
 	$(BIN)/python data_prep/toy_reviews.py
-	$(LAUNCH) recipes/sentiment_gpt2_sft.py --config recipes/sentiment_gpt2_sft_tiny.yaml
-	$(LAUNCH) recipes/sentiment_gpt2_reward.py --config recipes/sentiment_gpt2_reward_tiny.yaml
-	$(LAUNCH) recipes/sentiment_gpt2_ppo.py --config recipes/sentiment_gpt2_ppo_tiny.yaml
+	$(LAUNCH) recipes/sentiment_gpt2_sft.py --config tiny
+	$(LAUNCH) recipes/sentiment_gpt2_reward.py --config tiny
+	$(LAUNCH) recipes/sentiment_gpt2_ppo.py --config tiny
 	$(BIN)/python -m eval.compare --base runs/tiny/sft --tuned runs/tiny/ppo --prompts data/toy_reviews/prompts \
 		--reward reward_model=runs/tiny/reward --judge lexicon=data_prep.toy_reviews:lexicon_score \
 		--best_of 1 2 4 8 16 --output runs/tiny/report --overwrite

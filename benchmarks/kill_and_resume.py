@@ -1,6 +1,6 @@
 """Kill a run at a random moment, resume it, and compare its end with that of a run that was left alone.
 
-    make demo                                   # makes the models that the tiny YAML starts from
+    make demo                                   # makes the models that the tiny variant starts from
     python benchmarks/kill_and_resume.py --moments 20
 
 Each moment: PPO on the tiny sentiment recipe, with a checkpoint after every rollout, gets SIGKILL, is started again
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [
-    *("recipes/sentiment_gpt2_ppo.py", "--config", "recipes/sentiment_gpt2_ppo_tiny.yaml", "--disable_tqdm", "true"),
+    *("recipes/sentiment_gpt2_ppo.py", "--config", "tiny", "--disable_tqdm", "true"),
     *("--save_strategy", "steps", "--save_steps", "4", "--score_norm", "true"),
 ]
 FILES = ("model.safetensors", "critic.safetensors", "ppo_state.json")
@@ -46,11 +46,15 @@ def number(checkpoint):
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: %(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     folder = ROOT / "runs" / "tiny" / "kill_and_resume"
     if folder.exists():
         raise SystemExit(f"{folder} exists: move it away first")

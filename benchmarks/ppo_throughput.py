@@ -1,4 +1,4 @@
-"""How fast is PPO, and how much memory does it take? This trainer beside TRL 1.12's, on the same jobs.
+"""How fast is PPO, and how much memory does it take? This trainer and TRL 1.12's, on the same jobs.
 
     python benchmarks/ppo_throughput.py
     python benchmarks/ppo_throughput.py --job sentiment --repeats 5
@@ -10,9 +10,9 @@ Runs each job `--repeats` times with either trainer in turn, each time in a proc
 then `--rollouts` that are timed. TRL 1.12 is the last release with a PPOTrainer, and gets an environment of its own
 under `runs/throughput`, with every other package as requirements.txt pins it. Both start from the same random weights
 of a real architecture (nothing is downloaded but packages) and take the same prompts in the same order, to completions
-of the same lengths; benchmarks/throughput_run.py says how, benchmarks/throughput_jobs.py has the jobs. A value head
-spares this trainer the second trunk that TRL's trains, which is a choice of algorithm: on a CPU it is measured with a
-separate critic as well.
+of the same lengths; benchmarks/throughput_run.py says how, benchmarks/throughput_jobs.py has the jobs. With a value
+head this trainer has no second trunk to train, as TRL's has; that is a choice of algorithm, so on a CPU it is measured
+with a separate critic as well.
 
 Prints medians, ranges and ratios of each pair, and writes them, every run, hardware and versions to
 `runs/throughput/<job>.json`; with `--minutes` it makes fewer repeats where they would take longer. `--grow` measures
@@ -25,7 +25,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,9 +34,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the same modules, run as a script or imported
 
 from throughput_jobs import CPU_JOBS, JOBS, growing, operations, tiny
+
+from eval.machine import cpu_name, git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==1.12.0"
@@ -155,7 +157,7 @@ def describe(result):
 
 
 def check_like_for_like(runs):
-    """Raise `SystemExit` where two runs did not do the same work, or differ in a package beside trl."""
+    """Raise `SystemExit` where two runs did not do the same work, or differ in a package besides trl."""
     first, *others = [result for results in runs.values() for result in results]
     for other in others:
         for name in ("prompt_tokens", "new_tokens", "threads", "device"):
@@ -200,24 +202,12 @@ def provenance(args):
     return {
         "command": " ".join(["python", "benchmarks/ppo_throughput.py", *args]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "processor": processor(),
+        "commit": git_commit(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         "load_at_start": os.getloadavg()[0],
     }
-
-
-def git(*arguments):
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def processor():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write(path, content):
@@ -251,7 +241,7 @@ def exponent(x, y):
 
 
 def grow(points, folder, figure, settings, where):
-    """`points` as `throughput_jobs.growing` has them; writes `figure`, and every point and exponent beside it."""
+    """`points` as `throughput_jobs.growing` has them; writes `figure`, and every point and exponent next to it."""
     series = {}
     for name, value, job in points:
         summary = summarise(measure(job, folder, [OURS], **settings))[OURS]
@@ -313,7 +303,7 @@ def draw(series, exponents, path):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", nargs="+", choices=JOBS, default=CPU_JOBS, help="default: those for a CPU")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each trainer (default: %(default)s)")
@@ -327,7 +317,11 @@ def main(argv=None):
         "--grow", action="store_true", help="how this trainer's cost grows with the sentiment job's sizes"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "throughput", help="default: runs/throughput")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     for name in ("repeats", "rollouts", "threads"):
         if getattr(args, name) < 1:
             raise SystemExit(f"{name}: {getattr(args, name)} must be 1 or more")

@@ -1,6 +1,6 @@
-"""Does PPO learn whatever the seed? One recipe YAML under several seeds, each evaluated on held-out prompts.
+"""Does PPO learn whatever the seed? One variant of the recipe under several seeds, each evaluated on held-out prompts.
 
-    make demo                                  # makes the models that the tiny YAML starts from
+    make demo                                  # makes the models that the tiny variant starts from
     python benchmarks/seeds.py --family tiny --seeds 10
     python benchmarks/seeds.py --family scratch --seeds 3
 
@@ -37,8 +37,7 @@ def train_and_compare(family, seed, n_prompts):
     folder = Path("runs") / family / "seeds" / str(seed)
     results = ROOT / folder / "report" / "results.json"
     if not results.exists():
-        config = f"recipes/sentiment_gpt2_ppo_{family}.yaml"
-        run(PPO, "--config", config, "--seed", str(seed), "--output_dir", str(folder))
+        run(PPO, "--config", family, "--seed", str(seed), "--output_dir", str(folder))
         settings = FAMILIES[family]
         rewards = [word for reward in settings["rewards"] for word in ("--reward", reward)]
         where = ["--base", f"runs/{family}/sft", "--tuned", str(folder), "--output", str(folder / "report")]
@@ -73,12 +72,16 @@ def columns(result, rewards, model):
     return ["–" if value is None else cell(value) for value in values]
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="tiny")
     parser.add_argument("--seeds", type=int, default=10, help="how many, from 0 (default: %(default)s)")
     parser.add_argument("--n_prompts", type=int, default=500, help="held-out prompts (default: %(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     results = [train_and_compare(args.family, seed, args.n_prompts) for seed in range(args.seeds)]
     text = table(results)
     (ROOT / "runs" / args.family / "seeds" / "table.md").write_text(text)

@@ -6,9 +6,10 @@
     python data_prep/synthetic_instruct.py
     python benchmarks/small_scale.py --tokenizer Qwen/Qwen2.5-0.5B --small_lm EleutherAI/pythia-14m
 
-The `_scratch` YAMLs run as they are, in the order in which they need each other. Those that name models of the Hub run
-with their own settings but for models (the scratch ones, or `--small_lm` where 48 tokens of context are too few), data
-(local) and length. Prints a Markdown table and writes it to `runs/small/table.md`; what is finished is not run again.
+The `scratch` variants run as they are, in the order in which they need each other. Those that name models of the Hub
+run with their own settings, except for models (the scratch ones, or `--small_lm` where 48 tokens of context are too
+few), data (local) and length. Prints a Markdown table and writes it to `runs/small/table.md`; what is finished is not
+run again.
 """
 
 import argparse
@@ -20,9 +21,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LM, CLASSIFIER = "runs/scratch/sft", "runs/sentiment_gpt2_reward_classifier_scratch"
+LM, CLASSIFIER = "runs/scratch/sft", "runs/sentiment_gpt2_classifier_scratch"
 INSTRUCT = "data/synthetic_instruct"
-SCRATCH_SFT = "--config recipes/sentiment_gpt2_sft_scratch.yaml"
+SCRATCH_SFT = "--config scratch"
 # What a run ends with before and after, from the evaluations that PPO logs.
 EVALUATED = {
     "score": "eval_objective/scores",
@@ -59,7 +60,7 @@ def jobs(tokenizer, small_lm, imdb):
     return [
         ("sentiment_gpt2_sft_scratch", "sentiment_gpt2_sft", SCRATCH_SFT, gpt2),
         ("sentiment_gpt2_reward_scratch", "sentiment_gpt2_reward", "", gpt2),
-        ("sentiment_gpt2_reward_classifier_scratch", "sentiment_gpt2_reward", "", bert),
+        ("sentiment_gpt2_classifier_scratch", "sentiment_gpt2_classifier", "", bert),
         ("sentiment_gpt2_ppo_scratch", "sentiment_gpt2_ppo", "--eval_strategy steps --eval_on_start true", gpt2),
         (
             "length_sft",
@@ -82,18 +83,21 @@ def jobs(tokenizer, small_lm, imdb):
         ),
         *[
             (
-                name,
+                f"sentiment_gpt2_reward{name}",
                 "sentiment_gpt2_reward",
-                f"{CPU} --scratch_layers 2 --dataset_name data/imdb/pairs --max_length 128 --max_steps 100 "
-                f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --learning_rate 5e-4 {more}",
-                bert,
+                f"{CPU} --model_name_or_path {small_lm} --dataset_name {imdb} --max_length 128 --max_steps 100 "
+                "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 --learning_rate 5e-4",
+                small_lm,
             )
-            for name, more in (
-                ("sentiment_gpt2_reward", ""),
-                ("sentiment_gpt2_reward_negative", f"--dataset_name {imdb}"),
-                ("sentiment_gpt2_reward_classifier", "--warmup_steps 50"),
-            )
+            for name in ("", "_negative")
         ],
+        (
+            "sentiment_gpt2_classifier",
+            "sentiment_gpt2_classifier",
+            f"{CPU} --scratch_layers 2 --dataset_name data/imdb/pairs --max_length 128 --max_steps 100 "
+            "--per_device_train_batch_size 32 --learning_rate 5e-4 --warmup_steps 50",
+            bert,
+        ),
         (
             "sentiment_gpt2_reward_hh",
             "sentiment_gpt2_reward",
@@ -121,7 +125,8 @@ def jobs(tokenizer, small_lm, imdb):
             "length_gpt2_large_ppo",
             "length_gpt2_large_ppo",
             f"{PPO} --model_name_or_path runs/scratch/length_sft --max_prompt_tokens 96 --max_completion_length 96 "
-            f"--reward_model runs/scratch/length_reward --reward_weights 0.05 0.5 --total_episodes 640 "
+            "--reward_model runs/scratch/length_reward --total_episodes 640 "
+            '--rewards {"length_penalty":0.05,"reward_model":0.5} '
             "--per_device_train_batch_size 64 --gradient_accumulation_steps 1 --learning_rate 1e-3 --eval_steps 40",
             gpt2,
         ),
@@ -150,8 +155,9 @@ def run(name, recipe, options, folder):
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text())
-    config = f"recipes/{name}.yaml"
-    command = [sys.executable, f"recipes/{recipe}.py", *(["--config", config] if "--config" not in options else [])]
+    variant = name.removeprefix(recipe).removeprefix("_")  # none where the name is the recipe's
+    config = ["--config", variant] if variant and "--config" not in options else []
+    command = [sys.executable, f"recipes/{recipe}.py", *config]
     own_folder = [] if name.endswith("_scratch") or "--output_dir" in options else ["--output_dir", str(folder)]
     started = time.monotonic()
     done = subprocess.run([*command, *options.split(), *own_folder], cwd=ROOT, capture_output=True, text=True)
@@ -176,15 +182,19 @@ def outcome(printed):
     return ", ".join(f"{name} {first[key]:.2f} → {last[key]:.2f}" for name, key in EVALUATED.items())
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default="Qwen/Qwen2.5-0.5B", help="Qwen's, a Hub id or folder")
     parser.add_argument(
         "--small_lm", default="EleutherAI/pythia-14m", help="a small causal LM of 256 positions or more"
     )
     parser.add_argument("--imdb", default="stanfordnlp/imdb", help="labelled reviews, a Hub id or folder")
-    parser.add_argument("--only", nargs="+", help="names of YAMLs, for a part of the table")
-    args = parser.parse_args(argv)
+    parser.add_argument("--only", nargs="+", help="names of rows, for a part of the table")
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     rows = ["| YAML | model | seconds | result |", "|---|---|---|---|"]
     for name, recipe, options, model in jobs(args.tokenizer, args.small_lm, args.imdb):
         if args.only and name not in args.only:

@@ -22,7 +22,7 @@ class Job:
 
     name: str
     architecture: str  # "gpt2" or "qwen2"
-    size: dict  # what its config takes beside the vocabulary
+    size: dict  # what its config takes besides the vocabulary
     vocab_size: int
     batch: int
     micro_batch: int

@@ -43,7 +43,8 @@ from throughput_jobs import EOS, PAD, Job
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
-SPARE_ROLLOUTS = 1  # prompts that nobody samples from: TRL 1.12 steps more often on the last batch of a pass
+GPT2_KERNEL = {"activation_function": "gelu_pytorch_tanh"}  # as in the recipes' YAMLs
+UNUSED_ROLLOUTS = 1  # prompts that nobody samples from: TRL 1.12 steps more often on the last batch of a pass
 
 # ---------------------------------------------------------------------------------------------------------------
 # Models and prompts
@@ -66,7 +67,7 @@ def make_tokenizer(vocab_size):
 
 
 def load_tokenizer(folder):
-    """Not by AutoTokenizer: beside a Qwen2 it takes every tokenizer for Qwen2's own."""
+    """Not by AutoTokenizer: next to a Qwen2 it takes every tokenizer for Qwen2's own."""
     return PreTrainedTokenizerFast.from_pretrained(folder / "policy")
 
 
@@ -74,7 +75,7 @@ def make_prompts(job, rollouts):
     """As many lists of token ids as `rollouts` take, and a warm-up; the same for every one that asks for as many."""
     generator = torch.Generator().manual_seed(0)
     shortest, longest = job.prompt_tokens
-    count = job.batch * (1 + rollouts + SPARE_ROLLOUTS)
+    count = job.batch * (1 + rollouts + UNUSED_ROLLOUTS)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(2, job.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
@@ -212,9 +213,7 @@ def adapters(job):
 def run_ours(job, folder, rollouts, output_dir, separate_critic=False):
     """`(ends of rollouts, seconds of sampling, seconds of scoring, what generate was asked for)`, warm-up included."""
     sys.path.insert(0, str(RECIPES))
-    from ppo_config import PPOConfig
-    from ppo_trainer import PPOTrainer
-    from rewards import RewardModel
+    from trl_ppo import PPOConfig, PPOTrainer, RewardModel
 
     tokenizer = load_tokenizer(folder)
     args = PPOConfig(
@@ -224,7 +223,7 @@ def run_ours(job, folder, rollouts, output_dir, separate_critic=False):
         value_model_path=str(folder / "critic") if separate_critic else None,
         shuffle_dataset=False,
         logging_steps=job.epochs,  # one entry a rollout
-        model_init_kwargs={"dtype": job.dtype},
+        model_init_kwargs={"dtype": job.dtype} | (GPT2_KERNEL if job.architecture == "gpt2" else {}),
     )
     clock = EndOfRollout(job.epochs)
     lora, quantization = adapters(job)
@@ -239,7 +238,7 @@ def run_ours(job, folder, rollouts, output_dir, separate_critic=False):
         peft_config=lora,
         quantization_config=quantization,
     )
-    asked = fix_lengths(trainer._policy, job)
+    asked = fix_lengths(trainer.policy, job)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "time/generate" in entry]
     check_lengths(job, asked, [entry["completions/mean_length"] for entry in logged])
@@ -360,14 +359,18 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of job.json and the models")
     parser.add_argument("--build", help="a job as JSON: write its models instead of running it")
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--rollouts", type=int)
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     if args.build:
         build(Job.from_json(args.build), args.folder)
         return

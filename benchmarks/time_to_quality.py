@@ -3,7 +3,7 @@
     python benchmarks/time_to_quality.py --seeds 0 1 2
     python benchmarks/time_to_quality.py --share 0.85 --max_kl 8
 
-Runs the `_scratch` recipe of sentiment (its models have to be there: see the headers of its YAMLs) with a value head on
+Runs the sentiment recipe's variant `scratch` (its models have to be there: see the YAML's header) with a value head on
 the policy's trunk and with a critic of its own that starts from the reward model. After every second rollout it
 samples held-out prompts; a run is there at the first evaluation whose share of positive completions, by the judge that
 PPO never sees, is at least `--share` at no more than `--max_kl` nats. Seconds are those of rollouts and updates so
@@ -12,6 +12,7 @@ far, without the evaluations. Prints a Markdown table and writes it, and each ru
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -40,27 +41,16 @@ def run_recipe(critic, seed, args):
     from trl import ModelConfig
 
     import sentiment_gpt2_ppo as recipe
-    from ppo_config import PPOConfig
-    from ppo_trainer import PPOTrainer
-    from recipe_args import parse
-    from rewards import RewardModel
-
-    judge = RewardModel("runs/scratch/judge")
-
-    def positive(prompts, completions, **columns):
-        return [float(score > 0) for score in judge(prompts=prompts, completions=completions)]
+    from recipe_args import PPOArguments, parse
+    from trl_ppo import PPOConfig, PPOTrainer
 
     class StopWhenThere(TrainerCallback):
         def on_evaluate(self, training_args, state, control, **kwargs):
             control.should_training_stop |= reached(curve(state.log_history), args.share, args.max_kl) is not None
 
-    class JudgedTrainer(PPOTrainer):
-        def __init__(self, *, reward_funcs, args, **kwargs):
-            args.reward_weights = [*args.reward_weights, 0.0]
-            super().__init__(reward_funcs=[*reward_funcs, positive], args=args, callbacks=[StopWhenThere()], **kwargs)
-
-    recipe.PPOTrainer = JudgedTrainer
+    recipe.PPOTrainer = functools.partial(PPOTrainer, callbacks=[StopWhenThere()])
     settings = {
+        "rewards": json.dumps({"reward_model": 1.0, f"{Path(__file__).resolve()}:positive": 0.0}),
         "seed": seed,
         "kl_target": args.max_kl - 0.5,
         "total_episodes": args.episodes,
@@ -71,9 +61,20 @@ def run_recipe(critic, seed, args):
         "output_dir": str(OUTPUT / "run"),
     } | ({"value_model_path": critic} if critic else {})
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    config = ["--config", str(ROOT / "recipes" / "sentiment_gpt2_ppo_scratch.yaml")]
-    parsed = parse(recipe.__file__, recipe.PPOArguments, PPOConfig, ModelConfig, args=[*config, *words])
+    parsed = parse(recipe.__file__, PPOArguments, PPOConfig, ModelConfig, args=["--config", "scratch", *words])
     return recipe.main(*parsed).state.log_history
+
+
+def positive(prompts, completions, **columns):
+    """A reward function: whether the judge finds a completion positive, 1 or 0."""
+    return [float(score > 0) for score in judge()(prompts=prompts, completions=completions)]
+
+
+@functools.cache
+def judge():
+    from trl_ppo import RewardModel
+
+    return RewardModel("runs/scratch/judge")
 
 
 def curve(history):
@@ -99,14 +100,18 @@ def table(curves, share, max_kl):
     return "\n".join(lines) + "\n"
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=0.9, help="of positive completions (default: %(default)s)")
     parser.add_argument("--max_kl", type=float, default=10.0, help="nats (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=9600, help="at most, of a run (default: %(default)s)")
     parser.add_argument("--n_prompts", type=int, default=512, help="held-out ones (default: %(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     os.chdir(ROOT)
     curves = {(name, seed): train(critic, seed, args) for seed in args.seeds for name, critic in CRITICS.items()}
     text = table(curves, args.share, args.max_kl)

@@ -360,7 +360,11 @@ def main(output):
     Path(output).write_text(to_json(rounded(dump)) + "\n")
 
 
-if __name__ == "__main__":
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="where to write the JSON")
-    main(parser.parse_args().output)
+    return parser
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args().output)

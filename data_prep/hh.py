@@ -23,7 +23,7 @@ The same seed and source write the same bytes. Some of these texts are offensive
 
 from pathlib import Path
 
-from prep_support import (
+from dataset_files import (
     Malformed,
     Parser,
     Reader,
@@ -75,15 +75,20 @@ def make_pair(row: dict) -> dict[str, str]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Write the four files; returns the number of rows of each."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser("hh.py", __doc__)
     parser.add_argument("--source", default="allenai/preference-datasets-tulu", help="Hub id or local folder")
     parser.add_argument("--output", type=folder, default=Path("data/hh"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     parser.add_argument("--limit", type=count, help="read at most so many rows of each split")
     parser.add_argument("--test_rows", type=count, help="rows to hold out where there is no test split (500)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Write the four files; returns the number of rows of each."""
+    args = make_parser().parse_args(argv)
     source = Source(args.source)
     splits = load_splits(source, SPLITS, ("chosen", "rejected"), optional=("test",), streaming=bool(args.limit))
     test_rows = held_out(splits, args.limit, args.test_rows)
@@ -101,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         fill,
         reader,
         f"--source {args.source}",
-        "mend the rows left out or raise --limit",
+        "fix the rows left out or raise --limit",
     )
 
 

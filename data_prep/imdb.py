@@ -23,7 +23,6 @@ The same seed and source write the same bytes. The order is shuffled: IMDB is so
 of a file, or of `--limit`, would be all of one kind.
 """
 
-import argparse
 import random
 import re
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from prep_support import (
+from dataset_files import (
     Malformed,
     Outbox,
     Parser,
@@ -141,19 +140,19 @@ def fill(outbox: Outbox, reader: Reader, splits: dict, snippets_per_review: int)
             outbox.add_all("judge_snippets", side, pairs)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> Parser:
     parser = Parser("imdb.py", __doc__)
     parser.add_argument("--source", default="stanfordnlp/imdb", help="Hub id or local folder")
     parser.add_argument("--output", type=folder, default=Path("data/imdb"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     parser.add_argument("--limit", type=count, help="read at most so many rows of each split, drawn at random")
     parser.add_argument("--snippets_per_review", type=count, default=6, help="in train; the test files hold one")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Write the ten files; returns the number of rows of each."""
-    args = parse_arguments(argv)
+    args = make_parser().parse_args(argv)
     splits = load_splits(Source(args.source), {split: (split,) for split in SPLITS}, ("text", "label"))
     reader = Reader(args.seed, args.limit)
     return write(
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         lambda outbox: fill(outbox, reader, splits, args.snippets_per_review),
         reader,
         f"--source {args.source}",
-        "each split needs reviews of both labels, some over 200 characters: mend it or raise --limit",
+        "each split needs reviews of both labels, some over 200 characters: fix it or raise --limit",
     )
 
 

@@ -26,7 +26,7 @@ import json
 import re
 from pathlib import Path
 
-from prep_support import (
+from dataset_files import (
     SUFFIXES,
     Malformed,
     Parser,
@@ -130,8 +130,8 @@ def make_row(row: dict, columns: dict[str, str], keep: list[str]) -> dict:
     return made
 
 
-def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Write the two files; returns the number of rows of each."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser("local_files.py", __doc__)
     parser.add_argument("--source", nargs="+", required=True, help="a file, files of one type, or a folder")
     parser.add_argument("--kind", choices=list(KINDS), required=True, help="what the rows are for")
@@ -141,7 +141,12 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--test_share", type=share, default=0.1, help="of the rows, where no file is called test")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     parser.add_argument("--limit", type=count, help="read at most so many rows of train, and of test")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Write the two files; returns the number of rows of each."""
+    args = make_parser().parse_args(argv)
     if len(dict(args.columns)) < len(args.columns):
         raise SystemExit("--columns: names one of them twice; name each once")
     loader, sides = find_sides(args.source)
@@ -172,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         fill,
         reader,
         f"--source {' '.join(args.source)}",
-        "add rows or mend those left out",
+        "add rows or fix those left out",
     )
 
 

@@ -31,7 +31,7 @@ import bisect
 import re
 from pathlib import Path
 
-from prep_support import (
+from dataset_files import (
     Malformed,
     Parser,
     Reader,
@@ -141,8 +141,8 @@ def fill(outbox, reader: Reader, sources: dict[str, dict], tokenizer, max_tokens
                     outbox.add("prompts", side, {"prompt": prompt, "reference": row["completion"]})
 
 
-def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Write the six files; returns the number of rows of each."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser("summarize_from_feedback.py", __doc__)
     parser.add_argument("--source", default="openai/summarize_from_feedback", help="comparisons: Hub id or folder")
     parser.add_argument("--tldr_source", default="trl-lib/tldr", help="posts and references: Hub id or folder")
@@ -151,7 +151,12 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--max_prompt_tokens", type=count, default=512, help="longer posts are cut")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     parser.add_argument("--limit", type=count, help="read at most so many rows of each split")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Write the six files; returns the number of rows of each."""
+    args = make_parser().parse_args(argv)
     pairs, tldr = Source(args.source, config="comparisons"), Source(args.tldr_source, "--tldr_source")
     streaming = bool(args.limit)
     sources = {
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         lambda outbox: fill(outbox, reader, sources, tokenizer, args.max_prompt_tokens),
         reader,
         f"--source {args.source}, --tldr_source {args.tldr_source}",
-        "mend the rows left out, or raise --limit or --max_prompt_tokens",
+        "fix the rows left out, or raise --limit or --max_prompt_tokens",
     )
 
 

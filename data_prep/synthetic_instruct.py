@@ -22,7 +22,7 @@ The same seed and source write the same bytes.
 
 from pathlib import Path
 
-from prep_support import (
+from dataset_files import (
     Malformed,
     Parser,
     Reader,
@@ -49,15 +49,20 @@ def make_pair(row: dict) -> dict[str, str]:
     return {"prompt": f"Human: {prompt}\n\nAssistant:", "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
-def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Write the six files; returns the number of rows of each."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser("synthetic_instruct.py", __doc__)
     parser.add_argument("--source", default="Dahoas/synthetic-instruct-gptj-pairwise", help="Hub id or local folder")
     parser.add_argument("--output", type=folder, default=Path("data/synthetic_instruct"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     parser.add_argument("--limit", type=count, help="read at most so many rows of each split")
     parser.add_argument("--test_rows", type=count, help="rows to hold out where there is no test split (500)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Write the six files; returns the number of rows of each."""
+    args = make_parser().parse_args(argv)
     splits = load_splits(Source(args.source), SPLITS, COLUMNS, optional=("test",), streaming=bool(args.limit))
     test_rows = held_out(splits, args.limit, args.test_rows)
     reader = Reader(args.seed, args.limit)
@@ -77,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         fill,
         reader,
         f"--source {args.source}",
-        "mend the rows left out or raise --limit",
+        "fix the rows left out or raise --limit",
     )
 
 

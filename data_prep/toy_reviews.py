@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from prep_support import Parser, count, folder, write
+from dataset_files import Parser, count, folder, write
 
 # --- The grammar --------------------------------------------------------------------------------------------------
 # A template's {slot} is filled from SLOTS. Every opening has 7 to 10 words, whatever is drawn, and no opinion.
@@ -280,14 +280,19 @@ def write_files(output: Path, files: dict[str, Iterable[dict]]) -> dict[str, int
     return write(output, list(files), fill)
 
 
-def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Write the six files; returns the number of rows of each."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser("toy_reviews.py", __doc__)
     parser.add_argument("--output", type=folder, default=Path("data/toy_reviews"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     parser.add_argument("--train", type=count, default=8000, help="rows of each train file")
     parser.add_argument("--test", type=count, default=500, help="rows of each test file")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Write the six files; returns the number of rows of each."""
+    args = make_parser().parse_args(argv)
     return write_files(args.output, make_files(args.seed, args.train, args.test))
 
 

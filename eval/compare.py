@@ -30,10 +30,7 @@ import torch
 from eval.best_of_n import compare_at_equal_kl, measure_best_of_n
 from eval.generation import CompletionLog, generate, sequence_logprobs
 from eval.loading import (
-    InputError,
-    OneLineParser,
     at_least,
-    check_model,
     check_vocabulary,
     generation_config,
     load_model,
@@ -55,6 +52,9 @@ from eval.report import SCHEMA_VERSION, print_table, write_atomically, write_rep
 from eval.scores import Reward, RewardSpec, load_rewards, parse_rewards, score
 from eval.targets import Target, check_output, find_targets
 from eval.training import read_curves
+from recipe_args import OneLineParser, check_model
+from trl_ppo.inputs import UserError
+from trl_ppo.logprobs import add_logprobs_forward, cpu_folder
 
 
 @dataclass
@@ -110,13 +110,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_plan(args) -> Plan:
-    """Everything that can be wrong without a model's weights; InputError for what is."""
+    """Everything that can be wrong without a model's weights; UserError for what is."""
     targets = find_targets(args)
     for folder in [args.output, *(run_folder(args, target.name) for target in targets)]:
         check_output(folder, args.overwrite)
     specs = parse_rewards(args.reward, args.judge)
     if args.prompt_tokens and args.prompt_tokens[0] > args.prompt_tokens[1]:
-        raise InputError("--prompt_tokens {} {}: MIN is above MAX".format(*args.prompt_tokens))
+        raise UserError("--prompt_tokens {} {}: MIN is above MAX".format(*args.prompt_tokens))
     configs = {args.base: check_model("--base", args.base)}
     option = "--runs" if args.runs else "--sweep" if args.sweep else "--tuned"
     for target in targets:
@@ -147,7 +147,7 @@ def make_plan(args) -> Plan:
 
 
 def completion_log(args, name: str, source: dict, prompts: Prompts, eos: list[int]) -> CompletionLog:
-    """The file of a model's completions; its fingerprint is all that decides them. InputError if it has another."""
+    """The file of a model's completions; its fingerprint is all that decides them. UserError if it has another."""
     versions = describe_versions()
     fingerprint = {
         "model": source,
@@ -165,23 +165,23 @@ def completion_log(args, name: str, source: dict, prompts: Prompts, eos: list[in
 
 
 def compare(args, argv: list[str]) -> dict[Path, dict]:
-    """The results by the folder they belong in, the summary of several runs last; InputError for what to mend."""
+    """The results by the folder they belong in, the summary of several runs last; UserError for bad input."""
     started = time.perf_counter()
     plan = make_plan(args)
 
     # 1. The base, once for all.
-    scorer = load_scorer(args.base, args.temperature)
-    base = draw(scorer, plan, args, "base", plan.logs["base"])
-    base.base_logprobs = score_tokens(scorer, plan, base, args, "base")
-    picks = draw_best_of(scorer, plan, args) if args.best_of else None
+    base_model = load_with_logprobs(args.base, args.temperature)
+    base = draw(base_model, plan, args, "base", plan.logs["base"])
+    base.base_logprobs = total_logprobs(base_model, plan, base, args, "base")
+    picks = draw_best_of(base_model, plan, args) if args.best_of else None
 
-    # 2. Each tuned model beside it, and its results.
+    # 2. Each tuned model, and its results.
     run = describe_run(args, argv, plan, SCHEMA_VERSION)
     if plan.pairs:
         run["pairs"] = {"source": args.pairs, "split": args.split, "rewards": measure_all_pairs(plan, args)}
     described, results = [], {}
     for target in plan.targets:
-        tuned = draw_tuned(scorer, plan, target, args)
+        tuned = draw_tuned(base_model, plan, target, args)
         metrics = measure({"base": base, "tuned": tuned}, args.seed)
         described.append({"name": target.name, "step": target.step, "model": plan.sources[target.path]})
         described[-1]["metrics"] = metrics
@@ -210,11 +210,12 @@ def run_folder(args, name: str) -> Path:
     return args.output / "runs" / name if args.runs else args.output
 
 
-def load_scorer(path: str, temperature: float) -> torch.nn.Module:
-    """The model, which generates as always and scores completions at the sampling temperature too."""
-    from scoring import add_scoring_forward
-
-    return add_scoring_forward(load_model(path), temperature)
+def load_with_logprobs(path: str, temperature: float) -> torch.nn.Module:
+    """The model, which generates as always and gives completions' log-probabilities at the sampling temperature too."""
+    model = add_logprobs_forward(load_model(path), temperature)
+    if (cpu := cpu_folder(model.device)) is not None:
+        cpu.use_tiles(model, temperature)
+    return model
 
 
 def draw(model, plan: Plan, args, name: str, log: CompletionLog) -> Samples:
@@ -232,15 +233,15 @@ def draw(model, plan: Plan, args, name: str, log: CompletionLog) -> Samples:
 
 def draw_tuned(base, plan: Plan, target: Target, args) -> Samples:
     """The tuned model's completions with their KL to the base; the model is let go."""
-    model = load_scorer(target.path, args.temperature)
+    model = load_with_logprobs(target.path, args.temperature)
     samples = draw(model, plan, args, target.name, plan.logs[f"tuned/{target.name}"])
-    own = score_tokens(model, plan, samples, args, target.name)
-    samples.base_logprobs = score_tokens(base, plan, samples, args, "base")
+    own = total_logprobs(model, plan, samples, args, target.name)
+    samples.base_logprobs = total_logprobs(base, plan, samples, args, "base")
     samples.kl = np.subtract(own, samples.base_logprobs).tolist()
     return samples
 
 
-def score_tokens(model, plan: Plan, samples: Samples, args, title: str) -> list[float]:
+def total_logprobs(model, plan: Plan, samples: Samples, args, title: str) -> list[float]:
     """Each completion's log-probability (n,), in nats, by the model."""
     pad_id = plan.tokenizer.pad_token_id
     return sequence_logprobs(model, plan.prompts.ids, samples.ids, pad_id, args, title).tolist()
@@ -264,7 +265,7 @@ def measure_all_pairs(plan: Plan, args) -> dict[str, dict]:
 
 
 def best_of_n(picks: dict[str, np.ndarray], tuned: Samples | None, plan: Plan, args) -> dict:
-    """Best-of-n at every size asked for, and beside it the tuned model, where there is one, on the same prompts."""
+    """Best-of-n at every size asked for, compared with the tuned model, if there is one, on the same prompts."""
     reward = next(iter(plan.specs))
     sizes = sorted({1, *args.best_of})
     found = measure_best_of_n(picks, sizes, reward, args.seed) | {"at_equal_kl": None}
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     try:
         results = compare(args, argv)
-    except InputError as error:
+    except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "\neval.compare: interrupted; the same command goes on from the completions already written\n")

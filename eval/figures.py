@@ -53,7 +53,7 @@ STYLE = {
 
 @dataclass
 class Picture:
-    """An SVG with the caption and description that stand beside it; `name` is fit for an id."""
+    """An SVG with its caption and description; `name` can be an id."""
 
     name: str
     caption: str
@@ -224,7 +224,7 @@ def _calibration(results: dict) -> list[Picture]:
             x, y, yerr=_reach(accuracy), fmt=f"{marker}-", color=colour, markersize=4, linewidth=1, label=name
         )
         described.append(f"{name}: " + ", ".join(f"{a:.2f} implied {b:.2f} right" for a, b in zip(x, y, strict=True)))
-    axes.set(xlabel="chance that the margin implies", ylabel="share ordered rightly", ylim=(0, 1.02))
+    axes.set(xlabel="chance that the margin implies", ylabel="accuracy", ylim=(0, 1.02))
     _legend(figure)
     caption = "Judged pairs: how often the reward is right, against how sure it is (the line: calibrated)"
     return [_picture(figure, "calibration", caption, "; ".join(described) + ".")]

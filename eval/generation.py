@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.loading import InputError, cut_after_eos, first_line, set_stop_ids
+from eval.loading import cut_after_eos, set_stop_ids
+from trl_ppo.inputs import UserError, first_line
+from trl_ppo.logprobs import pad_batch
 
 
 class CompletionLog:
     """A JSONL file of completions as they are made, from which a run that was stopped goes on.
 
     Its first line is the fingerprint: whatever decides the completions. A line for each sample follows,
-    `{"batch", "index", "ids", "completion"}`, synced to disk a batch at a time. InputError when the file was made
+    `{"batch", "index", "ids", "completion"}`, synced to disk a batch at a time. UserError when the file was made
     with another fingerprint; with `overwrite` such a file is replaced when the first batch is there.
     """
 
@@ -35,7 +37,7 @@ class CompletionLog:
             if theirs is not None and theirs != self.fingerprint:
                 if overwrite:
                     return
-                raise InputError(
+                raise UserError(
                     f"{self.path} holds completions made with another {_difference(theirs, self.fingerprint)}; give "
                     "another --output, or --overwrite to replace them"
                 )
@@ -88,7 +90,7 @@ def generate(
 
     Batch b of the prompts sorted by length is drawn with a seed made of `settings.seed`, `stream` and b, so that two
     models draw from the same random numbers and a resumed run draws what an unbroken one would. `log` takes each
-    batch as it comes and gives those that it has already. InputError if generation fails.
+    batch as it comes and gives those that it has already. UserError if generation fails.
     """
     set_stop_ids(model, tokenizer, eos)
     completions: dict[int, list[int]] = {} if log is None else dict(log.ids)
@@ -100,7 +102,7 @@ def generate(
         try:
             ids = _sample(model, tokenizer, [prompt_ids[index] for index in indices], eos, settings)
         except RuntimeError as error:  # no chances to draw from (NaN weights), or no memory
-            raise InputError(f"the {title} model cannot generate: {first_line(error)}") from error
+            raise UserError(f"the {title} model cannot generate: {first_line(error)}") from error
         completions |= dict(zip(indices, ids, strict=True))
         if log is not None:
             log.append(indices, ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
@@ -108,8 +110,6 @@ def generate(
 
 
 def _sample(model, tokenizer, prompt_ids: list[list[int]], eos: list[int], settings) -> list[list[int]]:
-    from scoring import pad_batch
-
     batch = pad_batch(prompt_ids, [[]] * len(prompt_ids), tokenizer.pad_token_id)
     sequences = model.generate(
         input_ids=batch["input_ids"].to(model.device),
@@ -128,20 +128,18 @@ def sequence_logprobs(
 ) -> np.ndarray:
     """Σ_t log π(y_t | prompt, y_<t) of each completion (n,), in nats, at the sampling temperature.
 
-    `model` has been taught to score by `scoring.add_scoring_forward` at that temperature. Sums are in float64.
+    `model` has `trl_ppo.logprobs.add_logprobs_forward` at that temperature. Sums are in float64.
     """
-    from scoring import pad_batch
-
     sums = np.zeros(len(prompt_ids))
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for indices in batches(by_length, settings.batch_size, f"score tokens by {title}"):
+    for indices in batches(by_length, settings.batch_size, f"log-probabilities by {title}"):
         batch = pad_batch([prompt_ids[i] for i in indices], [completion_ids[i] for i in indices], pad_id)
         width = batch.pop("completion_mask").size(1)
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.no_grad():
-            log_probs = model(**inputs, num_completion_tokens=width).log_probs  # 0 where they are padding
-        sums[indices] = log_probs.double().sum(1).cpu().numpy()
+            logprobs = model(**inputs, num_completion_tokens=width).logprobs  # 0 where they are padding
+        sums[indices] = logprobs.double().sum(1).cpu().numpy()
     return sums
 
 

@@ -110,13 +110,6 @@ def ngrams(text: str, size: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[start:] for start in range(size)), strict=False))
 
 
-def self_repetition(text: str) -> float:
-    """The share of a text's own word trigrams that repeat an earlier one, as `rewards.repetition_penalty` counts it."""
-    from rewards import repeated_trigrams  # here: it imports TRL, which rendering a report need not wait for
-
-    return repeated_trigrams(text)
-
-
 def _checked(values: Sequence[float]) -> np.ndarray:
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2:

@@ -5,27 +5,14 @@ A model is a folder or Hub id, whole or a LoRA adapter, which is merged into its
 
 import argparse
 import math
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-LOCAL_PREFIXES = (".", "~", "runs/", "data/")
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line that names it."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+from trl_ppo.inputs import UserError, first_line
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -48,26 +35,6 @@ def positive(text: str) -> float:
     return number
 
 
-def check_exists(option: str, source: str) -> None:
-    """InputError if `source` neither exists nor may be a Hub id, `name` or `org/name` (but no org is `runs` here)."""
-    may_be_hub_id = HUB_ID.fullmatch(source) and not source.startswith(LOCAL_PREFIXES)
-    if not Path(source).exists() and not may_be_hub_id:
-        raise InputError(f"{option} {source}: no such file or folder")
-
-
-def check_model(option: str, path: str) -> PreTrainedConfig:
-    """Its configuration; InputError unless `path` has a readable one, and its base model too if it is an adapter."""
-    check_exists(option, path)
-    whole = path
-    try:
-        if is_adapter(path):
-            whole = base_of_adapter(path)
-            check_exists(f"{option}'s base model", whole)
-        return AutoConfig.from_pretrained(whole)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: no model can be loaded from there: {first_line(error)}") from error
-
-
 def is_adapter(path: str) -> bool:
     """Whether the folder holds a PEFT adapter instead of a whole model."""
     return (Path(path) / "adapter_config.json").is_file()
@@ -80,11 +47,6 @@ def base_of_adapter(path: str) -> str:
     return PeftConfig.from_pretrained(path).base_model_name_or_path
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def load_tokenizer(path: str):
     """The model's tokenizer, or its base model's if it is an adapter without one."""
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
@@ -92,7 +54,7 @@ def load_tokenizer(path: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no tokenizer can be loaded from there: {first_line(error)}") from error
+        raise UserError(f"{path}: no tokenizer can be loaded from there: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked: any token will do
     return tokenizer
@@ -103,7 +65,7 @@ def load_model(path: str) -> torch.nn.Module:
     try:
         model = _load_adapter(path) if is_adapter(path) else _load_whole(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: no causal language model can be loaded from there: {first_line(error)}") from error
+        raise UserError(f"{path}: no causal language model can be loaded from there: {first_line(error)}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -121,15 +83,15 @@ def _load_adapter(path: str) -> torch.nn.Module:
 
 
 def check_vocabulary(base: PreTrainedConfig, tuned: PreTrainedConfig, tokenizer, tuned_path: str) -> None:
-    """InputError unless the base can score the tuned model's tokens: same count, same meaning."""
+    """UserError unless the base can score the tuned model's tokens: same count, same meaning."""
     sizes = [config.get_text_config().vocab_size for config in (base, tuned)]
     if sizes[0] != sizes[1]:
-        raise InputError(f"base has {sizes[0]} tokens and {tuned_path} {sizes[1]}: KL needs one vocabulary")
+        raise UserError(f"base has {sizes[0]} tokens and {tuned_path} {sizes[1]}: KL needs one vocabulary")
     if (Path(tuned_path) / "tokenizer.json").is_file():
         theirs = load_tokenizer(tuned_path).get_vocab()
         changed = next((token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index), None)
         if changed is not None:
-            raise InputError(f"base and {tuned_path} number the token {changed!r} differently: KL needs one vocabulary")
+            raise UserError(f"base and {tuned_path} number the token {changed!r} differently: KL needs one vocabulary")
 
 
 def generation_config(path: str, config: PreTrainedConfig) -> GenerationConfig:

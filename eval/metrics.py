@@ -12,10 +12,10 @@ from eval.intervals import (
     interval,
     over_runs,
     ratio,
-    self_repetition,
     win_rate,
 )
 from eval.prompts import Prompts
+from rewards import repeated_trigrams
 
 ROLES = ("base", "tuned")
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -66,7 +66,7 @@ def measure(samples: dict[str, Samples], seed: int) -> dict:
         "length": compare(Samples.tokens),
         "missing_eos": compare(lambda side: [not ended for ended in side.ended]),
         **{name: distinct_ngrams(base.texts, tuned.texts, size) for name, size in DISTINCT.items()},
-        "self_repetition": compare(lambda side: [self_repetition(text) for text in side.texts]),
+        "self_repetition": compare(lambda side: [repeated_trigrams(text) for text in side.texts]),
         "perplexity": compare_perplexities(*((side.base_logprobs, side.tokens()) for side in (base, tuned)), seed),
         **{name: compare(lambda side, name=name: side.rouge[name]) for name in base.rouge or {}},
     }

@@ -21,17 +21,10 @@ from pathlib import Path
 from rich.console import Console
 
 from data_prep.summarize_from_feedback import format_post
-from eval.loading import (
-    InputError,
-    OneLineParser,
-    at_least,
-    check_model,
-    load_model,
-    load_tokenizer,
-    set_stop_ids,
-    stop_ids,
-)
+from eval.loading import at_least, load_model, load_tokenizer, set_stop_ids, stop_ids
 from eval.streaming import Predictor, Prompt, encode_prompt, printable, show_beside, show_plainly
+from recipe_args import OneLineParser, check_model
+from trl_ppo.inputs import UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,15 +32,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="eval.predict", description="Continue a prompt with a model.")
     add = parser.add_argument
     add("--model", required=True, help="folder or Hub id; a LoRA adapter's works too")
-    add("--compare", metavar="BASE", help="show this model's text beside it")
-    add("--prompt", help="the text to continue")
+    add("--compare", metavar="BASE", help="show this model's text next to it")
+    add("--prompt", action="append", help="the text to continue; may be given several times")
     add("--title", help="title of a post to summarise, with --post")
     add("--post", help="text of a post to summarise, with --title")
     add("--subreddit", help="where the post was made, without r/")
     add("--file", type=Path, help="a prompt per line, or a .jsonl with a column of them")
     add("--prompt_column", default="prompt", help="column of a .jsonl file (default prompt)")
     add("--chat", action="store_true", help="apply the tokenizer's conversation template")
-    add("--max_new_tokens", type=at_least(1), default=64)
+    add("--max_new_tokens", type=at_least(1), help="default 64, fewer where the model has no more positions")
     add("--temperature", type=_zero_or_more, default=1.0, help="0 takes the likeliest token each time (default 1)")
     add("--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this total chance (default 1)")
     add("--seed", type=at_least(0), default=0)
@@ -72,32 +65,32 @@ def _share(text: str) -> float:
 
 
 def given_prompts(args) -> list[Prompt] | None:
-    """The prompts that the options name, None if they name none; InputError for options that do not fit together."""
+    """The prompts that the options name, None if they name none; UserError for options that do not fit together."""
     if (args.title is None) != (args.post is None):
-        raise InputError("--title and --post belong together; give both")
+        raise UserError("--title and --post belong together; give both")
     if args.subreddit is not None and args.post is None:
-        raise InputError(f"--subreddit {args.subreddit} needs --title and --post")
+        raise UserError(f"--subreddit {args.subreddit} needs --title and --post")
     sources = {"--prompt": args.prompt, "--title": args.title, "--file": args.file}
     named = [option for option, value in sources.items() if value is not None]
     if len(named) > 1:
-        raise InputError(f"{' and '.join(named)}: give one of them")
+        raise UserError(f"{' and '.join(named)}: give one of them")
     if args.file is not None:
         return read_prompts(args.file, args.prompt_column, args.chat)
-    text = args.prompt if args.post is None else format_post(args.subreddit, args.title, args.post)
-    if text is not None and not text.strip():
-        raise InputError("--prompt is empty; give the text to continue")
-    return None if text is None else [text]
+    texts = args.prompt if args.post is None else [format_post(args.subreddit, args.title, args.post)]
+    if texts is not None and not all(text.strip() for text in texts):
+        raise UserError("--prompt is empty; give the text to continue")
+    return texts
 
 
 def read_prompts(file: Path, column: str, chat: bool) -> list[Prompt]:
-    """Every prompt of a text file (a line each, blank ones skipped) or of a `.jsonl`; InputError if there is none."""
+    """Every prompt of a text file (a line each, blank ones skipped) or of a `.jsonl`; UserError if there is none."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
     except (OSError, ValueError) as error:
-        raise InputError(f"--file {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"--file {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise InputError(f"--file {file} holds no prompt")
+        raise UserError(f"--file {file} holds no prompt")
     if file.suffix != ".jsonl":
         return [line.rstrip("\r") for _, line in numbered]
     return [_prompt_of_row(f"--file {file}, line {number}", line, column, chat) for number, line in numbered]
@@ -107,27 +100,27 @@ def _prompt_of_row(where: str, line: str, column: str, chat: bool) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or column not in row:
-        raise InputError(f"{where} has no column {column!r} (--prompt_column names another)")
+        raise UserError(f"{where} has no column {column!r} (--prompt_column names another)")
     prompt = row[column]
     if isinstance(prompt, list) and not chat:
-        raise InputError(f"{where}: {column!r} is a conversation; --chat applies the tokenizer's template")
+        raise UserError(f"{where}: {column!r} is a conversation; --chat applies the tokenizer's template")
     is_conversation = isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt)
     if not is_conversation and (not isinstance(prompt, str) or not prompt.strip()):
-        raise InputError(f"{where}: {column!r} is not a text or is empty")
+        raise UserError(f"{where}: {column!r} is not a text or is empty")
     return prompt
 
 
 def piped_prompts() -> Iterator[str]:
-    """The lines of stdin as prompts; InputError if there is none."""
+    """The lines of stdin as prompts; UserError if there is none."""
     any_prompt = False
     for line in sys.stdin:
         if line.strip():
             any_prompt = True
             yield line.rstrip("\r\n")
     if not any_prompt:
-        raise InputError("no prompt: give --prompt, --title and --post, or --file, or pipe in a prompt per line")
+        raise UserError("no prompt: give --prompt, --title and --post, or --file, or pipe in a prompt per line")
 
 
 def asked_prompts() -> Iterator[str]:
@@ -147,14 +140,14 @@ def asked_prompts() -> Iterator[str]:
 
 
 def load_predictors(args) -> list[Predictor]:
-    """The base model, where there is one, then the model; InputError before any loads if one of them cannot be used."""
+    """The base model, where there is one, then the model; UserError before any loads if one of them cannot be used."""
     paths = {"base": args.compare, "tuned": args.model} if args.compare else {"model": args.model}
     for name, path in paths.items():
         check_model("--compare" if name == "base" else "--model", path)
     tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
     for name, path in paths.items():
         if args.chat and not tokenizers[name].chat_template:
-            raise InputError(f"--chat: the tokenizer of {path} has no conversation template")
+            raise UserError(f"--chat: the tokenizer of {path} has no conversation template")
     models = {name: load_model(path) for name, path in paths.items()}
     predictors = []
     for name, model in models.items():
@@ -179,9 +172,9 @@ def run(prompts: Iterable[Prompt], predictors: list[Predictor], args, typed: boo
                 texts = show_beside(predictors, encoded, args, seed, console)
             else:
                 texts = show_plainly(predictors, encoded, args, seed)
-        except InputError as error:
+        except UserError as error:
             if not typed:
-                raise InputError(f"prompt {index}: {error}" if known != 1 else str(error)) from error
+                raise UserError(f"prompt {index}: {error}" if known != 1 else str(error)) from error
             print(f"eval.predict: error: {error}", file=sys.stderr)
             continue
         completions.append({predictor.name: text for predictor, text in zip(predictors, texts, strict=True)})
@@ -202,7 +195,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, str]]:
         else:
             prompts = asked_prompts() if typed else piped_prompts()
         return run(prompts, predictors, args, typed)
-    except InputError as error:
+    except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "\neval.predict: interrupted\n")
@@ -212,8 +205,8 @@ def _check(predictors: list[Predictor], prompt: Prompt, args, index: int | None)
     try:
         for predictor in predictors:
             encode_prompt(predictor, prompt, args)
-    except InputError as error:
-        raise InputError(str(error) if index is None else f"prompt {index}: {error}") from error
+    except UserError as error:
+        raise UserError(str(error) if index is None else f"prompt {index}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
-import numpy as np
 
-from eval.loading import InputError, check_exists, first_line, positions_of
+from eval.loading import positions_of
+from recipe_args import load_split, prompt_cutter
+from trl_ppo.inputs import UserError
 
 NOT_COLUMNS = {"prompts", "completion", "completions", "completion_ids"}  # names that a reward gets from elsewhere
 
@@ -50,28 +50,13 @@ class Prompts:
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
 
-def load_rows(option: str, source: str, split: str, columns: list[str]) -> datasets.Dataset:
-    """The split of a folder, JSONL file or Hub dataset; InputError if it cannot be read or lacks one of `columns`."""
-    check_exists(option, source)
-    files = {"path": "json", "data_files": {split: source}} if Path(source).is_file() else {"path": source}
-    try:
-        rows = datasets.load_dataset(**files, split=split)
-    except StopIteration as error:  # what datasets raises for a file without a single row
-        raise InputError(f"{option} {source}: split {split} is empty") from error
-    except Exception as error:  # whatever a loader of foreign files may raise, its cause says more
-        raise InputError(f"{option} {source}: {first_line(error.__cause__ or error)}") from error
-    for column in columns:
-        if column not in rows.column_names:
-            raise InputError(f"{option} {source}: no column {column!r}; there are {', '.join(rows.column_names)}")
-    return rows
-
-
 def load_prompts(source: str, split: str, column: str, n: int, reference_column: str | None = None) -> Prompts:
-    """The first `n` rows, in order, fewer if there are fewer; InputError if two non-empty texts cannot be had."""
-    rows = load_rows("--prompts", source, split, [column] + ([reference_column] if reference_column else []))
+    """The first `n` rows, in order, fewer if there are fewer; UserError if two non-empty texts cannot be had."""
+    columns = [column] + ([reference_column] if reference_column else [])
+    rows = load_split(source, split, columns, key="--prompts")
     rows = rows.select(range(min(n, len(rows))))
     if len(rows) < 2:
-        raise InputError(f"--prompts {source}: split {split} has {len(rows)} rows; an interval needs at least 2")
+        raise UserError(f"--prompts {source}: split {split} has {len(rows)} rows; an interval needs at least 2")
     texts = texts_of(f"--prompts {source}", rows, column)
     others = [name for name in rows.column_names if name != column and name not in NOT_COLUMNS]
     references = texts_of(f"--prompts {source}", rows, reference_column) if reference_column else None
@@ -79,28 +64,25 @@ def load_prompts(source: str, split: str, column: str, n: int, reference_column:
 
 
 def texts_of(where: str, rows: datasets.Dataset, column: str, messages: bool = False) -> list:
-    """A column as texts (n,), or as lists of messages where they are allowed; InputError where a row's is empty."""
+    """A column as texts (n,), or as lists of messages where they are allowed; UserError where a row's is empty."""
     texts = list(rows[column])
     allowed = (str, list) if messages else str
     for index, text in enumerate(texts):
         if not isinstance(text, allowed) or not text:
-            raise InputError(f"{where}: {column!r} of row {index} is not a text or is empty")
+            raise UserError(f"{where}: {column!r} of row {index} is not a text or is empty")
     return texts
 
 
-def cut_prompts(texts: list[str], tokenizer, low: int, high: int, seed: int) -> list[str]:
-    """Each text's first k tokens as text, k uniform in low..high; text i's k depends on `seed` and i alone."""
-    rng = np.random.default_rng(seed)
-    lengths = [int(rng.integers(low, high + 1)) for _ in texts]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [tokenizer.decode(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+def cut_prompts(texts: list[str], tokenizer, least: int, most: int, seed: int) -> list[str]:
+    """Each text's first k tokens as text, as training draws them with the same seed."""
+    return list(map(prompt_cutter(tokenizer, least, most, seed), texts))
 
 
 def leave_out_long(prompts: Prompts, most: int) -> Prompts:
-    """Those of at most `most` tokens, with a line that counts the others; InputError if fewer than two are left."""
+    """Those of at most `most` tokens, with a line that counts the others; UserError if fewer than two are left."""
     short = [index for index, ids in enumerate(prompts.ids) if len(ids) <= most]
     if len(short) < 2:
-        raise InputError(
+        raise UserError(
             f"--max_prompt_tokens {most}: {len(short)} of {len(prompts.ids)} prompts are as short; raise it"
         )
     if len(short) < len(prompts.ids):
@@ -109,13 +91,13 @@ def leave_out_long(prompts: Prompts, most: int) -> Prompts:
 
 
 def check_lengths(prompts: Prompts, configs: Iterable, max_new_tokens: int) -> None:
-    """InputError for a prompt without tokens, or one too long for the positions of one of the models."""
+    """UserError for a prompt without tokens, or one too long for the positions of one of the models."""
     room = min(positions_of(config) for config in configs)
     for index, ids in enumerate(prompts.ids):
         if not ids:
-            raise InputError(f"prompt {index} has no tokens")
+            raise UserError(f"prompt {index} has no tokens")
         if len(ids) + max_new_tokens > room:
-            raise InputError(
+            raise UserError(
                 f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that is over the models' "
                 f"{room} positions (--prompt_tokens cuts prompts, --max_prompt_tokens leaves them out)"
             )

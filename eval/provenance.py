@@ -2,10 +2,8 @@
 
 import hashlib
 import platform
-import re
 import resource
 import shlex
-import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,8 +12,8 @@ from pathlib import Path
 import torch
 
 from eval.loading import base_of_adapter, is_adapter
+from eval.machine import cpu_name, git_commit
 
-ROOT = Path(__file__).resolve().parent.parent
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
 LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft", "scipy", "rouge-score", "matplotlib", "jinja2")
 SETTINGS = (
@@ -82,13 +80,8 @@ def describe_versions() -> dict[str, str]:
 
 def describe_hardware() -> dict:
     """The CPU's model, the threads torch uses, and the GPU's name or None."""
-    try:
-        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        cpu = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    name = cpu[1] if cpu else platform.processor() or platform.machine()
-    return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu}
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def peak_memory() -> dict[str, int | None]:
@@ -96,19 +89,3 @@ def peak_memory() -> dict[str, int | None]:
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"process": resident, "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None}
-
-
-def git_commit(root: Path = ROOT) -> str | None:
-    """The project's commit, with `-dirty` if anything differs from it; None if `root` is not a repository's top."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

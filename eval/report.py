@@ -2,11 +2,10 @@
 
     python -m eval.report eval_dir/results.json
 
-writes `report.md` and `report.html` beside it. Prompts and completions are untrusted text and are escaped; they show
+writes `report.md` and `report.html` next to it. Prompts and completions are untrusted text and are escaped; they show
 as they are.
 """
 
-import argparse
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from eval.tables import NONE, Table, facts, label_of, sentences, table_rows, tables, title_of, worst
+from recipe_args import OneLineParser
 
 SCHEMA_VERSION = 2
 TABLE_WIDTH = 140  # characters, where the output is not a terminal and so has no width of its own
@@ -155,11 +155,16 @@ def _sample_row(role: str, side: dict, names: list[str]) -> list[str]:
     return [role, escape(side["completion"]), *[f"{side['scores'][name]:z.3f}" for name in names], tokens, kl]
 
 
+def make_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser(prog="eval.report", description="Render results.json as Markdown and HTML.")
+    parser.add_argument("results", type=Path, help="a results.json written by eval.compare")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> list[Path]:
     """Render the named results file again; returns the reports' paths."""
-    parser = argparse.ArgumentParser(prog="eval.report", description="Render results.json as Markdown and HTML.")
-    parser.add_argument("results", type=Path, help="a results.json written by eval.compare")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         reports = write_report(args.results)
     except ReportError as error:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from eval.loading import InputError, first_line, positions_of
+from eval.loading import positions_of
+from trl_ppo.inputs import UserError, first_line
 
 # What a terminal would obey instead of show: controls but for tab and line feed, and those that reorder text.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -30,25 +31,32 @@ class Predictor:
 
 
 def encode_prompt(predictor: Predictor, prompt: Prompt, args) -> torch.Tensor:
-    """The prompt's token ids (1, P) on the model's device; InputError if it has none, or too many for the model."""
+    """The prompt's token ids (1, P) on the model's device; UserError if it has none, or too many for the model."""
     tokenizer = predictor.tokenizer
     if args.chat:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
             prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program of its author's, and refuses turns in its own words
-            raise InputError(f"the conversation template refused the prompt: {first_line(error)}") from error
+            raise UserError(f"the conversation template refused the prompt: {first_line(error)}") from error
     # A template writes the special tokens itself.
     ids = tokenizer(prompt, add_special_tokens=not args.chat, return_tensors="pt")["input_ids"].long()
-    room = positions_of(predictor.model.config)
     if not ids.size(1):
-        raise InputError("the prompt has no tokens")
-    if ids.size(1) + args.max_new_tokens > room:
-        raise InputError(
-            f"the prompt has {ids.size(1)} tokens; with --max_new_tokens {args.max_new_tokens} that is over the "
-            f"{room} positions of the {predictor.name}"
-        )
+        raise UserError("the prompt has no tokens")
+    new_tokens(predictor, ids, args)
     return ids.to(predictor.model.device)
+
+
+def new_tokens(predictor: Predictor, ids: torch.Tensor, args) -> int:
+    """How many tokens to write after the prompt `ids` (1, P); UserError if the model has no positions for them."""
+    positions = positions_of(predictor.model.config)
+    wanted = min(64, positions - ids.size(1)) if args.max_new_tokens is None else args.max_new_tokens
+    if wanted < 1 or ids.size(1) + wanted > positions:
+        raise UserError(
+            f"the prompt has {ids.size(1)} tokens; with {max(wanted, 1)} new ones (--max_new_tokens) that is over the "
+            f"{positions} positions of the {predictor.name}"
+        )
+    return wanted
 
 
 class Pieces(TextStreamer):
@@ -69,7 +77,7 @@ def printable(text: str) -> str:
 
 
 def predict(predictor: Predictor, ids: torch.Tensor, args, seed: int, show: Callable[[str], None]) -> str:
-    """One completion of the prompt `ids` (1, P), handed to `show` as it is made; InputError if generation fails."""
+    """One completion of the prompt `ids` (1, P), handed to `show` as it is made; UserError if generation fails."""
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     torch.manual_seed(seed)
     try:
@@ -77,12 +85,12 @@ def predict(predictor: Predictor, ids: torch.Tensor, args, seed: int, show: Call
             sequence = predictor.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=args.max_new_tokens,
+                max_new_tokens=new_tokens(predictor, ids, args),
                 streamer=Pieces(predictor.tokenizer, show),
                 **(sampling if args.temperature else {"do_sample": False}),
             )
     except RuntimeError as error:  # no chances to draw from (NaN weights), or no memory
-        raise InputError(f"the {predictor.name} cannot generate: {first_line(error)}") from error
+        raise UserError(f"the {predictor.name} cannot generate: {first_line(error)}") from error
     return predictor.tokenizer.decode(sequence[0, ids.size(1) :], skip_special_tokens=True)
 
 

@@ -4,7 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.loading import InputError, check_exists, is_adapter
+from eval.loading import is_adapter
+from recipe_args import check_path
+from trl_ppo.inputs import UserError
 
 
 @dataclass
@@ -17,7 +19,7 @@ class Target:
 
 
 def find_targets(args) -> list[Target]:
-    """The tuned models that the options name, by names that differ; InputError if there is none."""
+    """The tuned models that the options name, by names that differ; UserError if there is none."""
     if args.tuned:
         return [Target("tuned", args.tuned)]
     if args.sweep:
@@ -25,25 +27,25 @@ def find_targets(args) -> list[Target]:
         return [Target("final" if step is None else f"step-{step}", str(folder), step) for step, folder in found]
     paths = [path for path in args.runs if not Path(path).is_file()]
     if not paths:
-        raise InputError(f"--runs {' '.join(args.runs)}: no folder or Hub id among them")
+        raise UserError(f"--runs {' '.join(args.runs)}: no folder or Hub id among them")
     for path in paths:
-        check_exists("--runs", path)
+        check_path("--runs", path)
         if Path(path).is_dir() and not holds_model(Path(path)):
-            raise InputError(f"--runs {path}: no model in there")
+            raise UserError(f"--runs {path}: no model in there")
     parts = [[part for part in Path(path).parts if part not in ("/", ".", "..")] for path in paths]
     depth = next((d for d in range(1, 9) if len({"-".join(part[-d:]) for part in parts}) == len(paths)), None)
     if depth is None:
-        raise InputError(f"--runs {' '.join(paths)}: a run is named twice")
+        raise UserError(f"--runs {' '.join(paths)}: a run is named twice")
     return [Target("-".join(part[-depth:]), path) for part, path in zip(parts, paths, strict=True)]
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """InputError if the results cannot be written to `folder`, or would replace others unasked."""
+    """UserError if the results cannot be written to `folder`, or would replace others unasked."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--output {folder}: {existing} is not a folder that can be written to")
+        raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
     if (folder / "results.json").exists() and not overwrite:
-        raise InputError(f"--output {folder} already has a results.json; give another folder or --overwrite")
+        raise UserError(f"--output {folder} already has a results.json; give another folder or --overwrite")
 
 
 def holds_model(folder: Path) -> bool:
@@ -54,7 +56,7 @@ def holds_model(folder: Path) -> bool:
 def checkpoints(run: Path) -> list[tuple[int | None, Path]]:
     """(step, folder) of the run's checkpoints by step, then of the run itself with None, if it holds a final model.
 
-    InputError if there is none.
+    UserError if there is none.
     """
     found = []
     for folder in run.glob("checkpoint-*"):
@@ -65,5 +67,5 @@ def checkpoints(run: Path) -> list[tuple[int | None, Path]]:
     if run.is_dir() and holds_model(run):
         found.append((None, run))
     if not found:
-        raise InputError(f"--sweep {run}: no such folder, or neither a model nor a checkpoint-* with one in it")
+        raise UserError(f"--sweep {run}: no such folder, or neither a model nor a checkpoint-* with one in it")
     return found

@@ -1,7 +1,7 @@
 """Reddit summaries, step 1 of 3: Qwen learns from people's TL;DRs (LoRA, TRL's SFTTrainer).
 
     accelerate launch recipes/qwen_summarize_sft.py
-    accelerate launch recipes/qwen_summarize_sft.py --config recipes/qwen_summarize_sft_qlora.yaml
+    accelerate launch recipes/qwen_summarize_sft.py --config qlora
 
 The dataset holds posts (`prompt`, ending in `TL;DR:`) and summaries (`completion`); the loss counts the summary's
 tokens alone, unless `completion_only_loss: false`. Prints the held-out loss before and after, and a summary. Writes
@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from recipe_args import RecipeArguments, load_split, one_line_errors, parse, require_path
-from run_support import keep_trainable, merge_adapter
+from recipe_args import RecipeArguments, check_model, init_kwargs, load_split, merge_adapter, one_line_errors, parse
+from trl_ppo.callbacks import NameBaseInCard
+from trl_ppo.logprobs import keep_4bit_differentiable
 
 
 @dataclass(kw_only=True)
 class SFTArguments(RecipeArguments):
-    """What this recipe takes beside TRL's own settings."""
+    """What this recipe takes besides TRL's own settings."""
 
     test_rows: int = field(default=500, metadata={"help": "Held-out posts to evaluate on, from the first on."})
     scratch_layers: int = field(
@@ -48,7 +49,8 @@ def scratch_model(script_args, tokenizer, max_length):
 
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
     script_args.check(model_args)
-    path = require_path("model_name_or_path", model_args.model_name_or_path)
+    path = model_args.model_name_or_path
+    check_model("model_name_or_path", path)
     columns = ["prompt", "completion"]
     train = load_split(script_args.dataset_name, script_args.dataset_train_split, columns, script_args.dataset_config)
     test = load_split(script_args.dataset_name, script_args.dataset_test_split, columns, script_args.dataset_config)
@@ -60,11 +62,7 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     else:
         model = path
-        training_args.model_init_kwargs = {
-            "dtype": model_args.dtype,
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-        }
+        training_args.model_init_kwargs = init_kwargs(training_args, model_args)
 
     trainer = SFTTrainer(
         model=model,
@@ -72,10 +70,11 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
+        callbacks=[NameBaseInCard()],
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    keep_trainable(trainer.model)
+    keep_4bit_differentiable(trainer.model)
     before = None if training_args.resume_from_checkpoint else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = trainer.evaluate()["eval_loss"]

@@ -1,94 +1,71 @@
-"""YAML and command line → dataclasses, and every mistake in them one line on stderr that says what to do.
+"""YAML and command line → dataclasses, and every mistake in them as one line that says what to do.
 
     script_args, training_args = parse(__file__, ScriptArguments, PPOConfig)
 
-reads the YAML beside the script (`recipes/x.yaml` for `recipes/x.py`), or another one in its place by `--config`;
-`--key value` wins over either. A YAML key is a field of one of the dataclasses, and its value fits the field's type.
+reads the YAML next to the script (`recipes/x.yaml` for `recipes/x.py`), or the one that `--config` names instead: a
+path, or the name of a variant in `recipes/variants/x/`. `--key value` wins over either. A YAML key is a field of one of
+the dataclasses, and its value fits the field's type.
 """
 
 import argparse
 import dataclasses
 import difflib
+import json
 import os
+import random
 import re
 import sys
-import types
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_origin, get_type_hints
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from trl import ScriptArguments, TrlParser
+
+from trl_ppo.inputs import ScoreError, UserError, first_line, looks_local
 
 HERE = Path(__file__).resolve().parent
 
 
-class UserError(Exception):
-    """A mistake in what the user gave; its message is one line that names it."""
-
-
 @contextmanager
 def one_line_errors():
-    """Ends the program with one line on stderr and status 2 for what the user can mend; also a decorator.
+    """Ends the program with one line on stderr and status 2 for what the user can put right; also a decorator.
 
-    That is `UserError`, a missing file or model, and a ValueError that the recipes' own code raised. Any other error,
-    among them a ValueError from inside a library, keeps its traceback: it may be a bug. Rank 0 speaks for all, unless
-    it is a ValueError, which may be one rank's alone (a reward that is NaN).
+    Any other error keeps its traceback: it may be a bug. Rank 0 speaks for all, but for a reward function's values,
+    which are each rank's own.
     """
     try:
         yield
-    except Exception as error:
-        if not _can_be_mended(error):
-            raise
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-        if rank == 0 or isinstance(error, ValueError):  # every rank reads the same settings, but has its own samples
-            print(_model_asked_for(error) + _first_line(error), file=sys.stderr)
+    except (UserError, FloatingPointError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ScoreError):
+            print(first_line(error), file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def _can_be_mended(error) -> bool:
-    if isinstance(error, (UserError, FileNotFoundError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno is None  # transformers and datasets say so that a model or the Hub is out of reach
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    return isinstance(error, ValueError) and Path(frame.tb_frame.f_code.co_filename).resolve().parent == HERE
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it, and which takes no abbreviated options."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
-def _model_asked_for(error) -> str:
-    """`name: ` of the model that could not be loaded: transformers' own message may leave it out."""
-    frame, name = error.__traceback__, None
-    while frame and not name:
-        name = frame.tb_frame.f_locals.get("pretrained_model_name_or_path")
-        frame = frame.tb_next
-    return f"{name}: " if isinstance(error, OSError) and name and str(name) not in _first_line(error) else ""
-
-
-def _first_line(error) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    def error(self, message):
+        """Called by argparse."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 # --- YAML + command line → dataclasses ----------------------------------------------------------------------------
 
 
 class _Parser(TrlParser):
-    def error(self, message):  # argparse would print the usage, hundreds of lines
+    def error(self, message):
         raise UserError(re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message))
 
 
 def parse(script: str, *dataclass_types, args: list[str] | None = None) -> tuple:
-    """One instance of each dataclass, from the script's YAML and the command line.
+    """One instance of each dataclass, from the script's YAML and the command line (default `sys.argv[1:]`).
 
-    A dataclass leaves keys out of `--help` by naming them in class attributes `REFUSED` (key → advice) or `hidden`.
-
-    Args:
-        script: the script's `__file__`.
-        dataclass_types: their fields are the known keys.
-        args: the command line; default `sys.argv[1:]`.
+    A dataclass leaves keys out of `--help` by naming them in its class attribute `REFUSED` (key → advice).
 
     Raises:
         SystemExit: status 0 after `--help`; status 2, after one line on stderr, for a mistake in file or command line.
@@ -100,23 +77,36 @@ def parse(script: str, *dataclass_types, args: list[str] | None = None) -> tuple
 def _parse(script, dataclass_types, args):
     config, args = _take_config(args)
     path = _find_config(script, config)
-    try:
-        shown = path.resolve().relative_to(Path.cwd())
-    except ValueError:
-        shown = path
-    usage = f"{script.name} [--config other.yaml] [--key value …]"
+    shown = path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path
+    usage = f"{script.name} [--config variant or file.yaml] [--key value …]"
     parser = _Parser(dataclass_types, allow_abbrev=False, usage=usage, description=f"Defaults: {shown}")
-    hidden = {key for cls in dataclass_types for name in ("REFUSED", "hidden") for key in getattr(cls, name, ())}
-    known = {field.name: hint for cls in dataclass_types for field, hint in _fields(cls)}
-    _describe(parser, hidden)
-    parser.set_defaults_with_config(**_checked_values(shown, _read_yaml(path, shown), parser, known, hidden))
+    refused = {key for cls in dataclass_types for key in getattr(cls, "REFUSED", ())}
+    hints = {name: hint for cls in dataclass_types for name, hint in _hints(cls)}
+    listed = [name for name in hints if name not in refused]
+    for action in parser._actions:
+        if action.dest in refused:
+            action.help = argparse.SUPPRESS
+        elif not action.help:
+            action.help = "(default: %(default)s)"  # argparse shows none without a text
+        if get_origin(hints.get(action.dest)) is dict:
+            action.type = lambda text, hint=hints[action.dest]: _fit("--" + text, yaml.safe_load(text), hint)
+    choices = {action.dest: action.choices for action in parser._actions if action.choices}
+    values = _read_yaml(path, shown)
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{shown}: {_unknown('key', str(key), listed)}")
+        values[key] = value = _fit(f"{shown}: {key}", value, hints[key])
+        if key in choices and value is not None and value not in choices[key]:
+            raise UserError(f"{shown}: {key}: {value!r} is not one of {', '.join(map(str, choices[key]))}")
+    parser.set_defaults_with_config(**values)
     try:
         *outputs, rest = parser.parse_args_into_dataclasses(args, True, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # from a `__post_init__`
-        origin = f"{shown} and the command line" if args else shown
-        raise UserError(f"{origin}: {_first_line(error)}") from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{shown}{' and the command line' if args else ''}: {first_line(error)}") from error
     if rest:
-        raise UserError(_unknown("option", rest[0].split("=")[0], [f"--{key}" for key in known if key not in hidden]))
+        raise UserError(_unknown("option", rest[0].split("=")[0], [f"--{key}" for key in listed]))
     return tuple(outputs)
 
 
@@ -131,18 +121,18 @@ def _take_config(args):
 
 
 def _find_config(script: Path, config: str | None) -> Path:
-    """The YAML to read: `config` as given, else by that name in the script's folder; the same-stem one without."""
-    beside = script.with_suffix(".yaml")
-    tried = [Path(config).expanduser(), script.parent / config] if config else [beside]
-    for path in tried:
+    """The YAML to read: a path as given, or a variant by its name; without either the one next to the script."""
+    variants = script.parent / "variants" / script.stem
+    default = script.with_suffix(".yaml")
+    for path in [Path(config).expanduser(), variants / f"{config}.yaml"] if config else [default]:
         if path.is_file():
             return path
-    there = sorted(path.name for path in script.parent.glob(f"{script.stem}*.yaml"))
-    raise UserError(f"--config: {config or beside} does not exist; beside the script: {', '.join(there) or 'none'}")
+    there = ", ".join(sorted(path.stem for path in variants.glob("*.yaml")))
+    raise UserError(f"--config: {config or default} does not exist; variants of {script.name}: {there or 'none'}")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently keep the last."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently keep the last; reads 1e-5 as a number."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -153,13 +143,16 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
+
+
 def _read_yaml(path: Path, shown) -> dict:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{shown}: line {error.problem_mark.line + 1}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: not YAML: {_first_line(error)}") from error
+        raise UserError(f"{shown}: not YAML: {first_line(error)}") from error
     if values is None:  # nothing but comments
         return {}
     if not isinstance(values, dict):
@@ -167,34 +160,27 @@ def _read_yaml(path: Path, shown) -> dict:
     return values
 
 
-def _fields(cls):
-    """(field, type hint) of what can be set. A default of None counts as a value of the type, annotated or not."""
+def _hints(cls):
+    """(name, type hint) of what can be set. A default of None counts as a value of the type, annotated or not."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.init:
-            hint = hints[field.name]
-            yield field, hint if field.default is not None else Union[hint, None]  # noqa: UP007
+            yield field.name, hints[field.name] if field.default is not None else Union[hints[field.name], None]  # noqa: UP007
 
 
-def _describe(parser, hidden):
-    """Every key in --help with its default, documented or not, but those hidden."""
-    for action in parser._actions:
-        if action.dest in hidden:
-            action.help = argparse.SUPPRESS
-        elif not action.help:
-            action.help = "(default: %(default)s)"  # argparse shows none without a text
-
-
-def _checked_values(shown, values, parser, known, hidden) -> dict:
-    choices = {action.dest: action.choices for action in parser._actions if action.choices}
-    checked = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{shown}: {_unknown('key', str(key), [name for name in known if name not in hidden])}")
-        checked[key] = value = _fitted(f"{shown}: {key}", value, known[key])
-        if key in choices and value is not None and value not in choices[key]:
-            raise UserError(f"{shown}: {key}: {value!r} is not one of {_listed(choices[key])}")
-    return checked
+def _fit(where: str, value, hint):
+    """`value` as pydantic's strict mode takes it for JSON: 1 for a float and "steps" for an enum, but no true for 1."""
+    if isinstance(value, float) and value.is_integer():  # 1e3 for an int
+        value = int(value)
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        faults = error.errors()
+        said = faults[0]["msg"].replace("Input should", "should")
+        takes_text = any(fault["type"] in ("string_type", "enum", "literal_error") for fault in faults)
+        quoted = '"no"' if isinstance(value, bool) else f'"{value}"'
+        advice = f": quote it, as in {quoted}" if takes_text and isinstance(value, bool | int | float) else ""
+        raise UserError(f"{where}: {value!r} {said}{advice}") from None
 
 
 def _unknown(what, name, known) -> str:
@@ -202,187 +188,222 @@ def _unknown(what, name, known) -> str:
     return f"unknown {what} {name}" + (f"; did you mean {close[0]}?" if close else "; --help lists those there are")
 
 
-# --- Does a YAML value fit a type hint? ---------------------------------------------------------------------------
+# --- What recipes take besides TRL's settings -----------------------------------------------------------------------
 
 
-def _fitted(where, value, hint):
-    try:
-        return _fit(value, hint)
-    except TypeError:
-        advice = ""
-        if _allows_str(hint) and isinstance(value, (bool, int, float)):  # YAML reads no, off, 1e3 … as such
-            advice = ': quote it, as in "no"' if isinstance(value, bool) else f': quote it, as in "{value}"'
-        raise UserError(f"{where}: {value!r} is not {_name(hint)}{advice}") from None
-
-
-def _fit(value, hint):
-    """`value`, or the number that a string stands for where `hint` wants one; TypeError where it does not fit.
-
-    YAML 1.1 reads 1e-5 as a string. A hint that says nothing about YAML values (a class, Any) accepts everything.
-    """
-    kind = get_origin(hint) or hint
-    if kind in (Union, types.UnionType):
-        return _fit_union(value, get_args(hint))
-    if kind in (float, int):
-        return _number(value, kind)
-    if kind is Literal:
-        fits = any(value == choice and type(value) is type(choice) for choice in get_args(hint))
-    elif kind is type(None):
-        fits = value is None
-    elif isinstance(kind, type) and issubclass(kind, Enum):
-        fits = value in [member.value for member in kind]
-    elif kind in (bool, str, dict):
-        fits = isinstance(value, kind)
-    elif kind is list:
-        if isinstance(value, list):
-            return [_fit(item, get_args(hint)[0]) for item in value] if get_args(hint) else value
-        fits = False
-    else:
-        fits = True
-    if not fits:
-        raise TypeError
-    return value
-
-
-def _fit_union(value, hints):
-    for hint in hints:
-        try:
-            return _fit(value, hint)
-        except TypeError:
-            continue
-    raise TypeError
-
-
-def _number(value, kind):
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
-    except ValueError:
-        number = None
-    if number is None or (kind is int and not number.is_integer()):
-        raise TypeError
-    if isinstance(value, int):
-        return value
-    return int(number) if kind is int else number
-
-
-def _allows_str(hint) -> bool:
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType, Literal) else (hint,)
-    return any(o is str or isinstance(o, str) or (isinstance(o, type) and issubclass(o, Enum)) for o in options)
-
-
-def _name(hint) -> str:
-    """`a float`, `one of no, steps, epoch`, `a list of str or a str` …"""
-    kind = get_origin(hint) or hint
-    if kind in (Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
-        enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
-        return " or ".join(_name(option) for option in enums or options)
-    if kind is Literal:
-        return f"one of {_listed(get_args(hint))}"
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return f"one of {_listed(member.value for member in kind)}"
-    if kind is list:
-        return "a list" + (f" of {get_args(hint)[0].__name__}" if get_args(hint) else "")
-    names = {dict: "a mapping", int: "an int", bool: "true or false"}
-    return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
-
-
-def _listed(choices) -> str:
-    return ", ".join(str(choice) for choice in choices)
-
-
-# --- What recipes take beside TRL's settings ------------------------------------------------------------------------
+def _option(help, default=None):
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass(kw_only=True)
 class RecipeArguments(ScriptArguments):
     """TRL's `ScriptArguments`, and what every recipe that can train an adapter takes."""
 
-    merge_adapter: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "With use_peft: write adapter and base as one model too, to output_dir/merged."},
-    )
+    merge_adapter: bool = _option("With use_peft: write adapter and base as one model to output_dir/merged.", False)
 
     def check(self, model_args) -> None:
-        """UserError for what does not go together."""
+        """UserError for what does not go together, and for folders that do not exist."""
         if self.merge_adapter and not model_args.use_peft:
             raise UserError("merge_adapter: true, but use_peft is false, so there is no adapter; set use_peft: true")
+        check_path("dataset_name", self.dataset_name)
+        if model_args.model_name_or_path is not None:  # none where a model is made from scratch
+            check_path("model_name_or_path", model_args.model_name_or_path)
 
 
-def check_weights(training_args, rewards: list[str]) -> None:
-    """UserError unless there is a weight for each of the recipe's rewards: without any, all would count alike."""
-    weights = training_args.reward_weights
-    if weights is None or len(weights) != len(rewards):
-        raise UserError(f"reward_weights: {weights} is not a number for each of {', '.join(rewards)}")
+@dataclasses.dataclass(kw_only=True)
+class PPOArguments(RecipeArguments):
+    """What the PPO recipes take: the rewards with their weights, and which prompts."""
+
+    rewards: dict[str, float] = dataclasses.field(
+        metadata={
+            "help": "Each reward and its weight, which may be negative; 0 logs it only. A reward is reward_model, a "
+            "function of recipes/rewards.py, or one of your own as file.py:function."
+        }
+    )
+    reward_model: str | None = _option("The sequence classifier that rewards call reward_model: Hub id or folder.")
+    reward_label: str | None = _option("Which of its labels counts, if it has several.")
+    reward_max_length: int = _option("Tokens that it reads; longer texts lose their beginning.", 512)
+    reward_dtype: str = _option("Of its weights.", "float32")
+    reward_batch_size: int = _option("Texts that it scores at a time.", 64)
+    prompt_column: str = _option("Column to take prompts from.", "prompt")
+    prompt_tokens: list[int] | None = dataclasses.field(
+        default=None, metadata={"help": "Cut each prompt to a random number of tokens: least and most."}
+    )
+    min_prompt_characters: int = _option("Leave out shorter texts.", 1)
+    min_prompt_tokens: int = _option("The same in tokens, before they are cut.", 1)
+    max_prompt_tokens: int | None = _option("Leave out longer ones.")
+    test_prompts: int = _option("Held-out prompts to evaluate on, from the first on.", 512)
+
+    def check(self, training_args, model_args) -> None:
+        """UserError for rewards that cannot be had, and for what does not go together; loads no model."""
+        from rewards import find_function  # light, but it may import a file of the user's
+
+        super().check(model_args)
+        if training_args.reward_weights is not None:
+            raise UserError("reward_weights: give each reward its weight in rewards: {name: weight}")
+        if not self.rewards:
+            raise UserError("rewards: is empty; name at least one, as in rewards: {reward_model: 1.0}")
+        for name, weight in self.rewards.items():
+            if not abs(weight) < float("inf"):
+                raise UserError(f"rewards: {name}: {weight} is not a finite number")
+            if name != "reward_model":
+                find_function("rewards", name)
+            elif self.reward_model is None:
+                raise UserError("rewards: reward_model has a weight, but reward_model: names no classifier")
+            else:
+                check_model("reward_model", self.reward_model)
+
+    def load_rewards(self, training_args) -> list:
+        """The reward functions, in the order of `rewards`, whose weights go into `training_args`."""
+        from rewards import find_function
+        from trl_ppo import RewardModel
+
+        training_args.reward_weights = list(self.rewards.values())
+        return [
+            RewardModel(
+                self.reward_model,
+                label=self.reward_label,
+                max_length=self.reward_max_length,
+                dtype=self.reward_dtype,
+                batch_size=self.reward_batch_size,
+            )
+            if name == "reward_model"
+            else find_function("rewards", name)
+            for name in self.rewards
+        ]
+
+
+def init_kwargs(training_args, model_args) -> dict[str, Any]:
+    """How to load the model: the YAML's `model_init_kwargs`, and TRL's settings of its own for the same."""
+    return (training_args.model_init_kwargs or {}) | {
+        "dtype": model_args.dtype,
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    }
 
 
 # --- Paths and data -----------------------------------------------------------------------------------------------
 
 
-def require_path(key: str, value: str, kind: str = "model") -> str:
-    """`value`, unless it can only be a local path and there is none: then UserError naming `key` and the mend."""
-    from rewards import looks_local  # not above: it imports torch, and --help need not wait for that
-
-    path = Path(value).expanduser()
-    if path.exists() or not looks_local(value):
-        return value
-    raise UserError(f"{key}: {value!r} does not exist: {_mend(path, kind)}")
-
-
-def _mend(path: Path, kind: str) -> str:
-    if kind != "dataset":
-        return "train it first or give a Hub id"
-    made_by = {f"data/{script.stem}": script for script in sorted(HERE.parent.glob("data_prep/*.py"))}
-    for folder in sorted(made_by, key=len, reverse=True):
-        if path.as_posix().startswith(folder):
-            return f"make it with: python data_prep/{made_by[folder].name}"
-    return "give a local folder or a Hub id"
+def check_path(key: str, path: str | None) -> None:
+    """UserError, which names `key` and what to do, if `path` is missing, or can only be local and does not exist."""
+    if path is None:
+        raise UserError(f"{key}: is missing; give a Hub id or a folder")
+    if not looks_local(path) or Path(path).expanduser().exists():
+        return
+    made_by = {f"data/{script.stem}": script.name for script in sorted(HERE.parent.glob("data_prep/*.py"))}
+    folder = max((name for name in made_by if Path(path).as_posix().startswith(name)), key=len, default=None)
+    advice = f"make it with: python data_prep/{made_by[folder]}" if folder else "make it first, or give a Hub id"
+    raise UserError(f"{key}: {path!r} does not exist: {advice}")
 
 
-def load_split(path: str, split: str, columns=(), config: str | None = None, streaming: bool = False):
-    """One split of a Hub dataset, or of a local folder of {train,test}.jsonl[.gz] (or csv, parquet).
+def check_model(key: str, path: str | None):
+    """The configuration of the model at `path`, or of an adapter's base; UserError if it cannot be had."""
+    from transformers import AutoConfig  # here and below: they take seconds, and --help need not wait
+
+    check_path(key, path)
+    try:
+        if (Path(path) / "adapter_config.json").is_file():
+            from peft import PeftConfig
+
+            base = PeftConfig.from_pretrained(path).base_model_name_or_path
+            check_path(f"{key}'s base model", base)
+            return AutoConfig.from_pretrained(base)
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}: {path!r}: no model can be loaded from there: {first_line(error)}") from error
+
+
+def load_split(path: str, split: str, columns=(), config: str | None = None, key: str = "dataset_name"):
+    """One split of a Hub dataset, of a local folder of {train,test}.jsonl[.gz] (or csv, parquet), or of one JSONL file.
 
     Raises:
         UserError: no such path, split or column (with those there are), no rows, unreadable data, or no way to the Hub.
     """
-    import datasets  # takes a second to import
+    import datasets
 
-    require_path("dataset_name", path, kind="dataset")
-    where = f"dataset {path!r}"
+    check_path(key, path)
+    where = f"{key}: {path!r}"
+    files = {"path": "json", "data_files": {split: path}} if Path(path).is_file() else {"path": path, "name": config}
     try:
-        dataset = datasets.load_dataset(path, config, split=split, streaming=streaming)
-        first = next(iter(dataset))
-    except StopIteration:
-        raise UserError(f"{where}: split {split!r} has no rows") from None
+        dataset = datasets.load_dataset(**files, split=split)
     except ConnectionError as error:
-        raise UserError(f"{where}: {_first_line(error)}; connect, or give the path of a local folder") from error
+        raise UserError(f"{where}: {first_line(error)}; connect, or give the path of a local folder") from error
+    except StopIteration as error:  # what datasets raises for a file without a single row
+        raise UserError(f"{where}: split {split!r} has no rows") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = f": {_first_line(error.__cause__)}" if error.__cause__ else ""
-        raise UserError(f"{where}: {_first_line(error)}{cause}") from error
-    missing = [column for column in columns if column not in first]
+        cause = f": {first_line(error.__cause__)}" if error.__cause__ else ""
+        raise UserError(f"{where}: {first_line(error)}{cause}") from error
+    missing = [column for column in columns if column not in dataset.column_names]
     if missing:
-        raise UserError(f"{where}: split {split!r} has no column {_listed(missing)}; it has {_listed(first)}")
+        there = ", ".join(dataset.column_names)
+        raise UserError(f"{where}: split {split!r} has no column {', '.join(missing)}; it has {there}")
+    if not len(dataset):
+        raise UserError(f"{where}: split {split!r} has no rows")
     return dataset
 
 
-def load_prompts(script_args, split: str, tokenizer, limit: int | None = None):
-    """The first prompts of a split, those longer than `max_prompt_tokens` left out with a line that counts them.
+def load_prompts(args: PPOArguments, split: str, tokenizer, seed: int, limit: int | None = None):
+    """A dataset with the column `prompt`, texts or messages: those of the wanted length, cut where asked.
 
     Raises:
-        UserError: as `load_split`; or no prompt is short enough.
+        UserError: as `load_split`; or no prompt is left.
     """
-    data = load_split(script_args.dataset_name, split, ["prompt"], script_args.dataset_config)
-    most = script_args.max_prompt_tokens
+    column = args.prompt_column
+    data = load_split(args.dataset_name, split, [column], args.dataset_config)
 
-    def is_short(row):
-        text = row["prompt"]
-        if not isinstance(text, str):  # messages
-            return len(tokenizer.apply_chat_template(text, add_generation_prompt=True)["input_ids"]) <= most
-        return len(tokenizer(text)["input_ids"]) <= most
+    def num_tokens(text):
+        if isinstance(text, str):
+            return len(tokenizer(text)["input_ids"])
+        return len(tokenizer.apply_chat_template(text, add_generation_prompt=True)["input_ids"])
 
-    short = data.filter(is_short, desc="Filtering prompts")
-    if not len(short):
-        raise UserError(f"max_prompt_tokens: {most}: every prompt of split {split!r} is longer; raise it")
-    if len(short) < len(data):
-        print(f"{split}: {len(data) - len(short)} of {len(data)} prompts are longer than {most} tokens and left out")
-    return short.select(range(min(len(short), limit or len(short))))
+    def fits(row):
+        text = row[column]
+        if len(text) < args.min_prompt_characters:
+            return False
+        if args.min_prompt_tokens == 1 and args.max_prompt_tokens is None:
+            return True
+        return args.min_prompt_tokens <= num_tokens(text) <= (args.max_prompt_tokens or float("inf"))
+
+    kept = data.filter(fits, desc="Filtering prompts")
+    if not len(kept):
+        raise UserError(f"dataset_name: no prompt of split {split!r} is as long as min_prompt_… and max_prompt_… want")
+    if len(kept) < len(data):
+        print(f"{split}: {len(data) - len(kept)} of {len(data)} prompts are too short or too long and left out")
+    kept = kept.select(range(min(len(kept), limit or len(kept))))
+    cut = prompt_cutter(tokenizer, *args.prompt_tokens, seed) if args.prompt_tokens else lambda text: text
+    return kept.map(lambda row: {"prompt": cut(row[column])}, desc="Cutting prompts", load_from_cache_file=False)
+
+
+def prompt_cutter(tokenizer, least: int, most: int, seed: int):
+    """A function that cuts texts, one after the other, to their first k tokens; k uniform in least..most."""
+    rng = random.Random(seed)
+
+    def cut(text: str) -> str:
+        return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][: rng.randint(least, most)])
+
+    return cut
+
+
+def merge_adapter(folder, dtype="auto") -> str:
+    """Write the model that a LoRA adapter and its base make together to `folder`/merged, with its tokenizer.
+
+    The base is loaded again, so that weights which were quantised for training are merged at full precision. Returns
+    the new folder; it loads with plain `AutoModelForCausalLM`, or as a sequence classifier if the adapter is one.
+    """
+    from peft import AutoPeftModelForCausalLM, PeftConfig
+    from transformers import AutoTokenizer
+
+    from trl_ppo.reward_model import load_classifier
+
+    merged = Path(folder) / "merged"
+    if PeftConfig.from_pretrained(folder).task_type == "SEQ_CLS":
+        model, tokenizer = load_classifier(folder, dtype)
+    else:
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.merge_and_unload().save_pretrained(merged)
+    tokenizer.save_pretrained(merged)
+    return str(merged)

@@ -1,7 +1,7 @@
 """Sentiment, step 1 of 3: a language model of movie reviews (supervised fine-tuning with TRL's SFTTrainer).
 
     accelerate launch recipes/sentiment_gpt2_sft.py
-    accelerate launch recipes/sentiment_gpt2_sft.py --config recipes/sentiment_gpt2_sft_tiny.yaml
+    accelerate launch recipes/sentiment_gpt2_sft.py --config tiny
 
 Fine-tunes `model_name_or_path`, or trains a byte-level BPE and a GPT-2 from scratch when `scratch_layers` is set. The
 held-out loss is printed at the end; each YAML's header says what to expect. Writes `output_dir`: model and tokenizer.
@@ -13,15 +13,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from recipe_args import RecipeArguments, load_split, one_line_errors, parse, require_path
-from run_support import keep_trainable, merge_adapter
+from recipe_args import RecipeArguments, check_model, init_kwargs, load_split, merge_adapter, one_line_errors, parse
+from trl_ppo.callbacks import NameBaseInCard
+from trl_ppo.logprobs import keep_4bit_differentiable
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 @dataclass(kw_only=True)
 class SFTArguments(RecipeArguments):
-    """What this recipe takes beside TRL's own settings."""
+    """What this recipe takes besides TRL's own settings."""
 
     scratch_layers: int = field(default=0, metadata={"help": "Layers of a GPT-2 made from scratch; 0 fine-tunes."})
     scratch_width: int = field(default=256, metadata={"help": "Its hidden size."})
@@ -78,6 +79,8 @@ def load_texts(script_args, split, column):
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
     script_args.check(model_args)
     column = training_args.dataset_text_field
+    if not script_args.scratch_layers:
+        check_model("model_name_or_path", model_args.model_name_or_path)
     train = load_texts(script_args, script_args.dataset_train_split, column)
     test = load_texts(script_args, script_args.dataset_test_split, column)
     test = test.select(range(min(len(test), script_args.test_rows)))
@@ -87,12 +90,8 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         model = scratch_model(script_args, tokenizer, training_args.max_length)
         print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     else:
-        model = require_path("model_name_or_path", model_args.model_name_or_path)
-        training_args.model_init_kwargs = {
-            "dtype": model_args.dtype,
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-        }
+        model = model_args.model_name_or_path
+        training_args.model_init_kwargs = init_kwargs(training_args, model_args)
         tokenizer = AutoTokenizer.from_pretrained(model)
 
     trainer = SFTTrainer(
@@ -101,10 +100,11 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
+        callbacks=[NameBaseInCard()],
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    keep_trainable(trainer.model)
+    keep_4bit_differentiable(trainer.model)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()

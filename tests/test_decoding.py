@@ -5,7 +5,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import decoding
+from trl_ppo.cpu import decoding
 
 PAD, EOS = 0, 1
 
@@ -73,9 +73,10 @@ def test_rows_that_have_ended_leave_the_batch(model, monkeypatch):
 
 
 def test_the_states_kept_are_those_of_a_pass_over_the_whole_completion(model):
-    kept = []
-    sequences = generate(model, True, custom_generate=decoding.sample, kept_states=kept)
-    (states,) = kept
+    kept = {}
+    sequences = generate(model, True, custom_generate=decoding.sample, kept=kept)
+    states = kept["states"]
+    assert kept["sequences"] is sequences
     prompts = left_padded()
     width = prompts["input_ids"].size(1)
     ends = (sequences[:, width:] == EOS).int().argmax(1).tolist()

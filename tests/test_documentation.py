@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import re
 import shlex
+import shutil
 import typing
 from pathlib import Path
 
@@ -13,14 +14,14 @@ import yaml
 from trl import ModelConfig
 
 from conftest import ROOT
-from ppo_config import PPOConfig
-from ppo_trainer import PPOTrainer
-from recipe_args import parse
+from recipe_args import PPOArguments, parse
+from test_recipes import VARIANTS, YAMLS, name_of, script_of
+from trl_ppo import PPOConfig, PPOTrainer
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("eval/reports/*.md")]
 CODE = ("recipes", "data_prep", "eval", "benchmarks")
-SCRIPTS = [path for folder in CODE for path in sorted((ROOT / folder).glob("*.py"))]
-CONFIGS = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "accelerate_configs").glob("*.yaml"))]
+SCRIPTS = [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
+CONFIGS = [*YAMLS, *sorted((ROOT / "accelerate_configs").glob("*.yaml"))]
 COMMAND = re.compile(r"^(?:accelerate launch|python|make) (?:\\\n|[^\n])*", re.MULTILINE)
 FOLDERS = ("recipes", "accelerate_configs", "data_prep", "eval", "tests", "benchmarks")
 
@@ -37,8 +38,12 @@ def prose(path: Path) -> str:
 
 
 def commands(path: Path):
-    text = "\n".join(line.strip().strip("`") for line in prose(path).splitlines())
-    return [shlex.split(match.replace("\\\n", " "), comments=True) for match in COMMAND.findall(text)]
+    """Each command in a block or in backticks; of a usage line its optional arguments too, N standing for 1."""
+    text = prose(path)
+    inline = re.findall(r"`((?:accelerate launch|python|make) [^`]+)`", text)
+    blocks = COMMAND.findall("\n".join(line.strip() for line in text.splitlines() if "`" not in line))
+    plain = [found.replace("\\\n", " ").replace("[", "").replace("]", "").replace(" N", " 1") for found in blocks]
+    return [shlex.split(re.sub(r"\s#\s.*", "", found)) for found in plain + inline]
 
 
 EVERY = [(path, command) for path in [*DOCUMENTS, *SCRIPTS, *CONFIGS] for command in commands(path)]
@@ -61,6 +66,8 @@ def test_every_documented_command_exists_and_parses(path, command, monkeypatch):
         assert set(command[1:]) <= set(targets)
     elif command[:2] == ["accelerate", "launch"]:
         launch = command[2:]
+        if launch == ["--config_file"]:  # named, not given
+            return
         while launch[0].startswith("--"):
             assert launch[0] == "--config_file"
             assert (ROOT / launch[1]).is_file()
@@ -68,13 +75,13 @@ def test_every_documented_command_exists_and_parses(path, command, monkeypatch):
         script = ROOT / launch[0]
         types = typing.get_type_hints(importlib.import_module(script.stem).main).values()
         parse(str(script), *types, args=launch[1:])
-    elif command[:2] == ["python", "-m"] and not command[2].startswith("eval."):
-        assert importlib.util.find_spec(command[2])
+    elif command[:2] == ["python", "-m"]:
+        parser = importlib.import_module(command[2]).make_parser()
+        if command[3:]:  # else the module is named alone
+            parser.parse_args(command[3:])
     else:
-        module = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
-        source = (ROOT / module).read_text()
-        for option in (word for word in command if word.startswith("--")):
-            assert f'"{option}"' in source, f"{module} has no option {option}"
+        script = ROOT / command[1]
+        importlib.import_module(f"{script.parent.name}.{script.stem}").make_parser().parse_args(command[2:])
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS, *CONFIGS], ids=lambda path: path.name)
@@ -98,18 +105,19 @@ def test_every_setting_that_the_table_of_old_names_maps_to_exists():
 
 def test_every_metric_that_the_trainer_tracks_is_in_the_glossary():
     glossary = (ROOT / "recipes" / "README.md").read_text()
-    names = re.findall(r'_track\(f?"([\w/{}]+)"', (ROOT / "recipes" / "ppo_trainer.py").read_text())
+    names = re.findall(r'_track\(f?"([\w/{}]+)"', (ROOT / "recipes" / "trl_ppo" / "trainer.py").read_text())
     assert len(names) > 15
     for name in names:
         assert f"`{name.replace('{name}', '<function>')}`" in glossary, name
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", YAMLS, ids=name_of)
 def test_a_yaml_header_gives_its_command_and_what_to_expect(path):
     header = prose(path)
-    launched = [command for command in commands(path) if command[:2] == ["accelerate", "launch"]]
-    own = [c for c in launched if "--config" not in c or c[c.index("--config") + 1] == f"recipes/{path.name}"]
-    assert own, "its own command"
+    script = str(script_of(path).relative_to(ROOT))
+    launched = [command for command in commands(path) if command[:2] == ["accelerate", "launch"] and script in command]
+    wanted = ["--config", path.stem] if path in VARIANTS else []
+    assert any(command[command.index(script) + 1 :][:2] == wanted for command in launched), "its own command"
     measured = all(re.search(sign, header) for sign in (r"\d+ (?:s|min)\b", r"\d\.\d GB of memory", r"\d\.\d"))
     not_run = "memory, time" in header and "not yet run" in header
     assert measured or not_run, "time, memory and number, or 'not yet run'"
@@ -124,7 +132,7 @@ def test_an_accelerate_config_is_short_and_loads(path):
 
 
 def test_the_table_of_defects_has_38_rows_and_every_test_it_names_exists():
-    table = (ROOT / "recipes" / "README.md").read_text().split("## What TRL's last PPOTrainer got wrong")[1]
+    table = (ROOT / "tests" / "README.md").read_text().split("## What TRL's last PPOTrainer got wrong")[1]
     rows = {int(row.split("|")[1]): row for row in table.splitlines() if re.match(r"\| \d+ \|", row)}
     assert sorted(rows) == list(range(1, 39))
     defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").glob("*.py")), re.M))
@@ -132,3 +140,47 @@ def test_the_table_of_defects_has_38_rows_and_every_test_it_names_exists():
         named = re.findall(r"`(test_\w+)`", row)
         assert named or "not yet run" in row, f"row {number} shows nothing and does not say so"
         assert set(named) <= defined, f"row {number}: {set(named) - defined}"
+
+
+# --- Examples, run as they stand ------------------------------------------------------------------------------------
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def demo_folder(gpt2_path, classifier_path, tmp_path, monkeypatch):
+    """A working directory with models where `make demo` puts them."""
+    for name, source in (("sft", gpt2_path), ("reward", classifier_path)):
+        shutil.copytree(source, tmp_path / "runs" / "tiny" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readmes_reward_of_ones_own_works_as_it_stands(demo_folder):
+    (code,) = [block for block in blocks(ROOT / "README.md", "python") if "def no_shouting" in block]
+    name = re.match(r"# (\S+)\n", code)[1]
+    (demo_folder / name).write_text(code)
+    (setting,) = [block for block in blocks(ROOT / "README.md", "yaml") if name in block]
+    args = PPOArguments(dataset_name="x", reward_model="runs/tiny/reward", **yaml.safe_load(setting))
+    config = PPOConfig("out", use_cpu=True, bf16=False, per_device_train_batch_size=8, report_to="none")
+    args.check(config, ModelConfig())
+    _, no_shouting = args.load_rewards(config)
+    assert config.reward_weights == [1.0, 0.5]
+    assert no_shouting(prompts=["a", "b"], completions=["NO", "no"]) == [-1.0, 0.0]
+
+
+def test_the_readmes_script_trains_as_it_stands(demo_folder):
+    (code,) = [block for block in blocks(ROOT / "README.md", "python") if "PPOTrainer(" in block]
+    namespace = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["trainer"].state.global_step == 64 // 8 * 4
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS], ids=lambda path: path.name)
+def test_every_mapping_of_rewards_in_the_documentation_parses(path):
+    for found in re.findall(r"rewards: (\{[^}\n]*\})", prose(path)):
+        weights = yaml.safe_load(found)
+        if "weight" not in weights.values():  # rewards: {name: weight} stands for any
+            assert all(isinstance(weight, float) for weight in weights.values()), found

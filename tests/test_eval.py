@@ -4,6 +4,7 @@ import copy
 import html
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from eval import compare, generation, intervals, loading, prompts, provenance, report, tables
-from scoring import add_scoring_forward
+from trl_ppo.logprobs import add_logprobs_forward
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"the {noun} was {word}" for noun in ("movie", "film", "plot", "cast") for word in ("so", "not", "good")]
@@ -105,7 +106,7 @@ def sequence_kl(loaded: dict, prompt_ids, completion_ids, pad_id: int, drawn_wit
     """log π_tuned − log π_base of each completion (n,)."""
     base, tuned = (
         generation.sequence_logprobs(
-            add_scoring_forward(loaded[role], drawn_with.temperature),
+            add_logprobs_forward(loaded[role], drawn_with.temperature),
             prompt_ids,
             completion_ids,
             pad_id,
@@ -407,7 +408,7 @@ def test_the_metrics_summarise_the_samples_beside_them(finished):
 
 
 def test_a_classifier_reward_scores_the_prompt_with_the_completion(finished, bert_path):
-    from rewards import RewardModel
+    from trl_ppo import RewardModel
 
     results, _ = finished
     sample = results["samples"][4]
@@ -566,7 +567,7 @@ BEFORE_MODELS = {
     "models of different vocabularies": (["--base", "{handful}"], ["5 tokens", "vocabulary"]),
     "a single prompt": (["--n_prompts", "1"], ["--n_prompts", "at least 2"]),
     "an unknown split": (["--split", "validation"], ["--prompts", "validation"]),
-    "a missing column": (["--prompt_column", "text"], ["'text'", "prompt, stars"]),
+    "a missing column": (["--prompt_column", "text"], ["column text", "prompt, stars"]),
     "a missing tuned model": (["--tuned", "{tmp}/nowhere"], ["--tuned", "nowhere"]),
     "a missing base model on the Hub": (["--base", "nobody/nothing"], ["--base", "nobody/nothing"]),
     "a model folder without a model": (["--tuned", "{tmp}/hollow"], ["--tuned", "hollow"]),
@@ -585,8 +586,11 @@ BEFORE_MODELS = {
     "an output folder that is a file": (["--output", "{tmp}/file"], ["--output", "file"]),
 }
 AFTER_MODELS = {
-    "too few scores": (["--reward", f"x={__name__}:too_few"], ["reward x", "4", "5"]),
-    "a score that is not a number": (["--reward", f"x={__name__}:sometimes_nan"], ["reward x", "nan", "sample 5"]),
+    "too few scores": (["--reward", f"x={__name__}:too_few"], ["reward function 'x'", "4", "5"]),
+    "a score that is not a number": (
+        ["--reward", f"x={__name__}:sometimes_nan"],
+        ["reward function 'x'", "nan", "sample 5"],
+    ),
     "a model without its head": (["--tuned", "{headless}"], ["headless", "lm_head.weight"]),
 }
 
@@ -651,7 +655,9 @@ def test_results_are_replaced_only_when_asked(run, gpt2_path, tmp_path, capsys):
 
 def test_the_command_prints_its_error_and_nothing_else(tmp_path):
     argv = ["--base", "x", "--tuned", "x", "--prompts", "x", "--reward", "x", "--output", str(tmp_path)]
-    ran = subprocess.run([sys.executable, "-m", "eval.compare", *argv], cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}  # of which TRL would tell
+    command = [sys.executable, "-m", "eval.compare", *argv]
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1
@@ -666,7 +672,7 @@ def test_long_prompts_are_left_out_with_their_columns_and_counted(tokenizer, cap
     assert (kept.texts, kept.columns, kept.references) == (["a film", "the movie"], {"topic": [0, 2]}, ["x", "z"])
     assert kept.ids == [given.ids[0], given.ids[2]]
     assert capsys.readouterr().out == f"1 of 3 prompts have more than {most} tokens: left out\n"
-    with pytest.raises(loading.InputError, match="--max_prompt_tokens 0: 0 of 3 prompts"):
+    with pytest.raises(loading.UserError, match="--max_prompt_tokens 0: 0 of 3 prompts"):
         prompts.leave_out_long(given, 0)
 
 

@@ -11,8 +11,9 @@ from scipy import special, stats
 from transformers import AutoModelForCausalLM
 
 from eval import best_of_n, generation, intervals, loading, metrics, pairs
-from scoring import add_scoring_forward
+from rewards import repeated_trigrams
 from test_eval import settings
+from trl_ppo.logprobs import add_logprobs_forward
 
 REFERENCES = ["the cat sat on the mat", "a b c", "running dogs"]
 TEXTS = ["the cat was on the mat", "x y z", "the dog runs"]
@@ -104,11 +105,11 @@ def test_rouge_is_the_librarys_with_stemming():
             assert found[name][index] == score.fmeasure
 
 
-def test_self_repetition_is_the_share_of_a_texts_trigrams_that_came_before():
-    assert intervals.self_repetition("a b c a b c") == pytest.approx(1 / 4)
-    assert intervals.self_repetition("no no no no no") == pytest.approx(2 / 3)
-    assert intervals.self_repetition("all words differ here") == 0
-    assert intervals.self_repetition("too short") == 0
+def test_repetition_is_the_share_of_a_texts_trigrams_that_came_before():
+    assert repeated_trigrams("a b c a b c") == pytest.approx(1 / 4)
+    assert repeated_trigrams("no no no no no") == pytest.approx(2 / 3)
+    assert repeated_trigrams("all words differ here") == 0
+    assert repeated_trigrams("too short") == 0
 
 
 @pytest.mark.parametrize(("size", "share"), [(1, 3 / 6), (2, 3 / 5), (3, 3 / 4)])
@@ -125,7 +126,7 @@ def test_perplexity_is_that_of_the_models_own_loss(path, request, tokenizer):
     labels = torch.tensor([[-100] * len(prompt) + completion])
     with torch.no_grad():
         loss = model(torch.tensor([prompt + completion]), labels=labels).loss.item()
-    scorer = add_scoring_forward(loading.load_model(path), 1.0)
+    scorer = add_logprobs_forward(loading.load_model(path), 1.0)
     logprobs = generation.sequence_logprobs(scorer, [prompt] * 2, [completion] * 2, 0, settings(), "")
     found = intervals.compare_perplexities(*[(logprobs, np.array([len(completion)] * 2))] * 2, seed=0)
     assert found["base"]["mean"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -134,7 +135,7 @@ def test_perplexity_is_that_of_the_models_own_loss(path, request, tokenizer):
 def test_log_probabilities_need_the_memory_of_one_batch_and_do_not_depend_on_it(gpt2_path):
     rng = np.random.default_rng(0)
     prompts, completions = ([rng.integers(2, 200, n).tolist() for n in rng.integers(1, 25, 23)] for _ in range(2))
-    scorer = add_scoring_forward(loading.load_model(gpt2_path), 1.0)
+    scorer = add_logprobs_forward(loading.load_model(gpt2_path), 1.0)
     shapes = []
     scorer.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

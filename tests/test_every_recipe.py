@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from conftest import SENTENCES
-from test_recipes import YAMLS, run, script_of
+from test_recipes import VARIANTS, YAMLS, name_of, run, script_of
 
 PAIR = ("NEGATIVE", "POSITIVE")
 POST = "SUBREDDIT: r/films\n\nTITLE: A film\n\nPOST: {}\n\nTL;DR:"
@@ -191,13 +191,15 @@ def overrides(values, stage, models, data):
         "disable_tqdm": True,
         "save_strategy": "no",
     }
-    if "model_name_or_path" in values:
+    if values["model_name_or_path"]:
         small["model_name_or_path"] = models(values["model_name_or_path"])
     if stage == "ppo":
-        if values.get("reward_model"):
+        if "reward_model" in values["rewards"]:
             small["reward_model"] = models(values["reward_model"])
+        if values.get("value_model_path"):
+            small["value_model_path"] = models(values["value_model_path"])
         small |= {
-            "total_episodes": 4 * small["gradient_accumulation_steps"],
+            "total_episodes": 4 * small["gradient_accumulation_steps"] * values.get("num_mini_batches", 1),
             "max_completion_length": 6,
             "logging_steps": 1,
         }
@@ -210,17 +212,18 @@ def overrides(values, stage, models, data):
     return small
 
 
-@pytest.mark.parametrize("config", YAMLS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", YAMLS, ids=name_of)
 def test_a_step_of_every_yaml(config, real_models, small_models, data, tmp_path):
     script = script_of(config)
-    models = real_models if config.stem == script.stem else small_models  # a variant differs in other things
+    models = small_models if config in VARIANTS else real_models  # a variant differs in other things
     stage = script.stem.rpartition("_")[2]
     values = yaml.safe_load(config.read_text())
     values |= overrides(values, stage, models, data) | {"output_dir": str(tmp_path / "out")}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
     trainer = run(script.stem, "--config", str(tmp_path / "small.yaml"))
 
-    assert trainer.state.global_step == (values.get("num_iterations", 1) if stage == "ppo" else 1)
+    steps = values["num_iterations"] * values.get("num_mini_batches", 1) if stage == "ppo" else 1
+    assert trainer.state.global_step == steps
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     if values.get("use_peft"):
         assert all("lora_" in name or "critic." in name or "score" in name for name in trained)
@@ -228,7 +231,8 @@ def test_a_step_of_every_yaml(config, real_models, small_models, data, tmp_path)
         assert "Linear4bit" in {type(module).__name__ for module in trainer.model.modules()}
     written = {path.name for path in (tmp_path / "out").iterdir()}
     weights = "adapter_model.safetensors" if values.get("use_peft") else "model.safetensors"
-    expected = {"sft": set(), "reward": {"reward_report.json", "reward_report.svg"}, "ppo": {"critic.safetensors"}}
+    report = {"reward_report.json", "reward_report.svg"}
+    expected = {"sft": set(), "reward": report, "classifier": report, "ppo": {"critic.safetensors"}}
     assert {weights, "tokenizer_config.json"} | expected[stage] <= written
     if values.get("merge_adapter"):
         assert (tmp_path / "out" / "merged" / "model.safetensors").exists()

@@ -20,7 +20,7 @@ from datasets import Dataset
 from trl.trainer.utils import disable_dropout_in_model
 
 from benchmarks.trl112_reference import EOS, PAD, SCORES, WIDTH, Case, build_models, checksum, make_tokenizer
-from ppo_trainer import (
+from trl_ppo import (
     PPOConfig,
     PPOTrainer,
     clipped_policy_loss,
@@ -30,7 +30,8 @@ from ppo_trainer import (
     token_rewards,
     whiten,
 )
-from scoring import ScoredTokens, ValueHead, ValueModel, add_scoring_forward, pad_batch
+from trl_ppo.critic import ValueHead, ValueModel
+from trl_ppo.logprobs import TokenLogprobs, add_logprobs_forward, pad_batch
 
 DUMP = Path(__file__).parent / "data" / "trl112_reference.json"
 REFERENCE = json.loads(DUMP.read_text())["cases"]
@@ -117,7 +118,7 @@ class FixedRollout(PPOTrainer):
 
     def rollout(self):
         """What the trainer stores of the rollout, for all eight completions; metrics start afresh."""
-        self._sums["train"].clear()
+        self._metrics["train"].clear()
         return self._generate_and_score_completions([{"prompt": words(ids)} for ids in self.trl.prompts])
 
     def mini_batch_loss(self, rollout):
@@ -126,8 +127,8 @@ class FixedRollout(PPOTrainer):
         return self._compute_loss(self.model, {**rollout, "num_tokens": rollout["completion_mask"].sum()})
 
     def metric(self, name):
-        total, count = self._sums["train"][name].tolist()
-        return total / count
+        (mean,) = self._metrics["train"][name]
+        return mean
 
     def grad_norm(self, of_critic):
         gradients = [p.grad for name, p in self.model.named_parameters() if ("critic." in name) == of_critic]
@@ -149,10 +150,10 @@ def trainers(tmp_path_factory):
 
 
 def scored(trl, model, critic=None):
-    """`(ScoredTokens, mask)` of the recorded completions under a model that has learnt to score."""
+    """`(TokenLogprobs, mask)` of the recorded completions under a model that has learnt to score."""
     batch = pad_batch(trl.prompts, trl.completions, PAD)
     mask = batch.pop("completion_mask")
-    add_scoring_forward(model, trl.case.temperature).critic = critic
+    add_logprobs_forward(model, trl.case.temperature).critic = critic
     with torch.no_grad():
         return model(**batch, num_completion_tokens=mask.size(1)), mask
 
@@ -164,12 +165,12 @@ def replay(trainer, trl, micro, **inputs):
     """
     rows = micro["rows"]
     mask = trl.mask[rows]
-    forward = ScoredTokens(
-        log_probs=torch.tensor(micro["new_logprobs"]) * mask,
+    forward = TokenLogprobs(
+        logprobs=torch.tensor(micro["new_logprobs"]) * mask,
         state_values=torch.tensor(micro["vpred"]) * mask,
         entropy=torch.zeros(mask.shape),
     )
-    trainer._sums["train"].clear()
+    trainer._metrics["train"].clear()
     inputs = {
         "completion_mask": mask,
         "old_logprobs": trl.logprobs[rows] * mask,
@@ -220,7 +221,7 @@ def test_log_probs_and_reference_log_probs_are_trls(name):
     for model, theirs in ((policy, trl.logprobs), (ref_model, trl.ref_logprobs)):
         ours, mask = scored(trl, model)
         assert mask.equal(trl.mask)
-        assert_close(ours.log_probs[mask.bool()], theirs[mask.bool()])
+        assert_close(ours.logprobs[mask.bool()], theirs[mask.bool()])
     assert differ(trl.logprobs, trl.ref_logprobs).any()
 
 
@@ -348,7 +349,7 @@ def test_objectives_are_logged_as_trl_logs_them(name, trainers):
 def test_the_missing_eos_penalty_is_taken_from_the_same_completions(name, trainers):
     trl = load(name)
     finished = torch.tensor([ids[-1] == EOS for ids in trl.completions])
-    assert_close(trainers(trl)._shape_scores(torch.tensor(SCORES), finished, "train"), trl.scores)
+    assert_close(trainers(trl)._shape_scores(torch.tensor(SCORES), finished), trl.scores)
     assert not finished.all()
 
 

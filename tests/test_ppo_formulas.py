@@ -6,18 +6,17 @@ import threading
 import pytest
 import torch
 
-from ppo_trainer import (
-    ValueHead,
+from trl_ppo import (
     clipped_policy_loss,
     clipped_value_loss,
     gae,
     kl_estimate,
     next_kl_coef,
-    pad_batch,
-    take_rows,
     token_rewards,
     whiten,
 )
+from trl_ppo.critic import ValueHead
+from trl_ppo.logprobs import pad_batch, take_rows
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 

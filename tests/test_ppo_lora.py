@@ -39,9 +39,9 @@ def test_with_lora_the_reference_is_the_base_with_the_adapter_off(llama_path, tm
     from test_ppo_trainer import PROMPTS, _plain_logprobs
 
     with torch.no_grad():
-        reference = trainer._score_reference(
+        reference = trainer._ref_logprobs(
             {key: rollout[key] for key in ("input_ids", "attention_mask", "completion_mask")}
-        ).log_probs
+        ).logprobs
     prompt = trainer.processing_class(PROMPTS[0])["input_ids"]
     assert torch.allclose(reference[0], _plain_logprobs(base, prompt, [5, 6, 7], 1.0), atol=1e-5)
 

@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from ppo_config import PPOConfig
-from run_support import is_whole, last_checkpoint
 from test_ppo_trainer import make_trainer, prompts
+from trl_ppo import PPOConfig
+from trl_ppo.critic import is_whole, last_checkpoint
 
 TIMINGS = ("time/", "step_time", "runtime", "samples_per_second", "steps_per_second", "total_flos")
 
@@ -52,7 +53,7 @@ def logged(trainer):
 
 
 def assert_same_end(resumed, whole):
-    ends = resumed._policy.state_dict(), whole._policy.state_dict()
+    ends = resumed.policy.state_dict(), whole.policy.state_dict()
     assert ends[0].keys() == ends[1].keys()
     for name in ends[0]:
         assert torch.equal(ends[0][name], ends[1][name]), name
@@ -89,7 +90,7 @@ def test_resuming_a_run_that_had_finished_takes_no_further_step(gpt2_path, tmp_p
     resumed = job(gpt2_path, tmp_path, max_steps=8)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
-    ends = resumed._policy.state_dict(), whole._policy.state_dict()
+    ends = resumed.policy.state_dict(), whole.policy.state_dict()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
     assert resumed.kl_coef == whole.kl_coef
 
@@ -112,6 +113,13 @@ def test_a_half_written_checkpoint_is_never_picked_up(gpt2_path, tmp_path):
     assert not is_whole(tmp_path / "checkpoint-8")
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-8' is not a whole checkpoint"):
         job(gpt2_path, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_the_model_card_of_a_run_from_a_local_folder_names_it(gpt2_path, tmp_path):
+    job(gpt2_path, tmp_path, max_steps=4).train()
+    card = (tmp_path / "README.md").read_text()
+    assert f"This model is a fine-tuned version of `{gpt2_path}`" in card
+    assert "None" not in card
 
 
 def test_the_last_checkpoint_is_that_of_the_most_steps(gpt2_path, tmp_path):
@@ -140,10 +148,8 @@ def test_every_pass_over_the_prompts_has_an_order_of_its_own(gpt2_path, tmp_path
             return [float(len(completion)) for completion in completions]
 
         trainer = job(gpt2_path, folder, reward_funcs=reward, train_dataset=Dataset.from_dict({"prompt": texts}), **set)
-        try:
+        with suppress(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=resume)
-        except KeyboardInterrupt:
-            pass
         return seen
 
     whole = prompts_seen(tmp_path / "whole")
@@ -192,6 +198,6 @@ def test_the_best_checkpoint_by_held_out_score_is_loaded_at_the_end(gpt2_path, t
     from safetensors.torch import load_file
 
     saved = load_file(tmp_path / f"checkpoint-{best}" / "critic.safetensors")
-    assert torch.equal(trainer._policy.critic.weight, saved["weight"])
+    assert torch.equal(trainer.policy.critic.weight, saved["weight"])
     assert json.loads((tmp_path / f"checkpoint-{best}" / "ppo_state.json").read_text())["kl_coef"] == trainer.kl_coef
     shutil.rmtree(tmp_path)

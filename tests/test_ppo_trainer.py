@@ -20,9 +20,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from ppo_config import PPOConfig
-from ppo_trainer import PPOTrainer, ValueModel, add_scoring_forward, pad_batch
-from scoring import CompletionRows
+from trl_ppo import PPOConfig, PPOTrainer
+from trl_ppo.cpu import use_tiles
+from trl_ppo.cpu.lm_head import PackedTokens
+from trl_ppo.critic import ValueModel
+from trl_ppo.logprobs import add_logprobs_forward, pad_batch
 
 PROMPTS = [
     "the movie",
@@ -34,7 +36,7 @@ PROMPTS = [
     "the cast",
 ]
 
-TRAINER_ARGUMENTS = ("eval_dataset", "callbacks", "peft_config", "quantization_config")
+TRAINER_ARGUMENTS = ("eval_dataset", "callbacks", "peft_config", "quantization_config", "rollout_func")
 
 
 def letter_share(prompts, completions, **columns):
@@ -215,10 +217,10 @@ def test_micro_batches_hold_completions_of_like_length(gpt2_path, tmp_path):
 def test_row_5_bf16_is_honoured_and_values_stay_in_fp32(gpt2_path, tmp_path):
     trainer = make_trainer(gpt2_path, tmp_path, bf16=True, total_episodes=8)
     dtypes = {"attention": set(), "values": set()}
-    trainer._policy.transformer.h[0].attn.c_attn.register_forward_hook(
+    trainer.policy.transformer.h[0].attn.c_attn.register_forward_hook(
         lambda module, args, output: dtypes["attention"].add((output.dtype, torch.is_grad_enabled()))
     )
-    trainer._policy.critic.register_forward_hook(lambda module, args, output: dtypes["values"].add(output.dtype))
+    trainer.policy.critic.register_forward_hook(lambda module, args, output: dtypes["values"].add(output.dtype))
     trainer.train()
     assert (torch.bfloat16, True) in dtypes["attention"]
     assert (torch.float32, True) not in dtypes["attention"]
@@ -238,7 +240,7 @@ def test_row_6_gradient_checkpointing_recomputes_every_block_the_critics_too(
             value_model_path=classifier_path if own_critic else None,
             total_episodes=8,
         )
-        trunk = trainer._policy.critic.trunk if own_critic else trainer._policy.transformer
+        trunk = trainer.policy.critic.trunk if own_critic else trainer.policy.transformer
         count = calls[checkpointing] = []
         trunk.h[0].mlp.register_forward_pre_hook(
             lambda module, args, count=count: count.append(1) if torch.is_grad_enabled() else None
@@ -263,7 +265,7 @@ def test_row_7_the_models_own_generation_config_does_not_leak_into_rollouts(gpt2
         torch.manual_seed(0)
         sampled.append(roll_out(trainer)["input_ids"].tolist())
     assert sampled[0] == sampled[1]
-    assert trainer._policy.generation_config.repetition_penalty == 5.0  # and what is saved keeps it
+    assert trainer.policy.generation_config.repetition_penalty == 5.0  # and what is saved keeps it
 
 
 @pytest.mark.parametrize("model", ["gpt2_path", "llama_path"])
@@ -383,9 +385,10 @@ def _plain_logprobs(model, prompt, completion, temperature):
     return logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]
 
 
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", ["gpt2_path", "llama_path", "tinytalk-gptneo-3m", "stories260k-llama"])
-def test_row_17_left_padding_changes_no_log_prob(name, temperature, request):
+def test_row_17_left_padding_changes_no_log_prob(name, temperature, tiled, request):
     if name.endswith("_path"):
         path = request.getfixturevalue(name)
     else:
@@ -397,11 +400,13 @@ def test_row_17_left_padding_changes_no_log_prob(name, temperature, request):
     completions = [torch.randint(2, vocab, (n,), generator=generator).tolist() for n in (7, 1, 4, 9)]
     expected = [_plain_logprobs(model, p, c, temperature) for p, c in zip(prompts, completions, strict=True)]
     batch = pad_batch(prompts, completions, pad_token_id=0)
-    add_scoring_forward(model, temperature)
+    add_logprobs_forward(model, temperature)
+    if tiled:
+        use_tiles(model, temperature)
     with torch.no_grad():
         scored = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_completion_tokens=9
-        ).log_probs
+        ).logprobs
     for row, logprobs in zip(scored, expected, strict=True):
         assert torch.allclose(row[: len(logprobs)], logprobs, atol=1e-5)
         assert (row[len(logprobs) :] == 0).all()
@@ -414,33 +419,51 @@ def test_in_float32_the_states_kept_from_sampling_spare_the_policy_a_pass(
 ):
     trainer = make_trainer(request.getfixturevalue(path), tmp_path, temperature=0.7, top_k=50, **settings)
     passes = []
-    states = CompletionRows.states
-    monkeypatch.setattr(CompletionRows, "states", lambda rows, trunk: passes.append(trunk) or states(rows, trunk))
+    states = PackedTokens.states
+    monkeypatch.setattr(PackedTokens, "states", lambda tokens, trunk: passes.append(trunk) or states(tokens, trunk))
     rollout = roll_out(trainer)
-    assert (trainer._policy.base_model in passes) == bool(settings)
+    assert (trainer.policy.base_model in passes) == bool(settings)
     assert trainer.ref_model.base_model in passes
     with torch.no_grad():
-        passed = trainer._score(trainer.model, rollout)
-    assert trainer._policy.base_model in passes
+        passed = trainer.logprobs(trainer.model, rollout)
+    assert trainer.policy.base_model in passes
     exact = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(rollout["old_logprobs"], passed.log_probs, **exact)
+    torch.testing.assert_close(rollout["old_logprobs"], passed.logprobs, **exact)
     torch.testing.assert_close(rollout["old_values"], passed.state_values, **exact)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}])
 def test_states_kept_from_sampling_do_not_pile_up(gpt2_path, tmp_path, settings):
     trainer = make_trainer(gpt2_path, tmp_path, eval_dataset=prompts(4), **settings)
-    roll_out(trainer)
-    trainer.evaluate()
-    roll_out(trainer)
-    assert len(trainer._sampled_states) <= 1
+    kept = trainer.policy.generate.keywords["kept"]
+    for _ in range(2):
+        roll_out(trainer)
+        assert not kept, "they are let go of once used"
+        trainer.evaluate()
+    for _ in range(2):  # and a call that is no rollout keeps its own alone
+        trainer.policy.generate(torch.tensor([[5, 6]]), max_new_tokens=3, eos_token_id=299)
+        assert kept["states"].shape == (1, 3, 32)
+
+
+def test_states_of_other_samples_are_not_taken_for_the_rollouts(gpt2_path, tmp_path):
+    """A rollout_func may sample more than it returns."""
+    trainer = make_trainer(gpt2_path, tmp_path)
+    rollout = roll_out(trainer)
+    inputs = {name: rollout[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+    other = rollout["input_ids"].clone()
+    other[0, -1] += 1
+    states = torch.randn(*rollout["completion_mask"].shape, 32)
+    trainer.policy.generate.keywords["kept"].update(sequences=other, states=states)
+    with torch.no_grad():
+        again = trainer.policy_logprobs(inputs)
+    torch.testing.assert_close(again.logprobs, rollout["old_logprobs"], rtol=0, atol=1e-5)
 
 
 def test_scoring_leaves_the_plain_forward_and_generate_as_they_were(gpt2_path):
     model = AutoModelForCausalLM.from_pretrained(gpt2_path).eval()
     ids = torch.tensor([[5, 6, 7]])
     logits, sampled = model(ids).logits, model.generate(ids, do_sample=False, max_new_tokens=5)
-    add_scoring_forward(model)
+    add_logprobs_forward(model)
     assert torch.equal(model(ids).logits, logits)
     assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=5), sampled)
 
@@ -642,19 +665,19 @@ def test_row_19_the_critic_is_saved_and_restored_and_the_policy_loads_without_it
     trainer.train()
     trainer.kl_coef = 0.123
     trainer.save_model(str(tmp_path / "final"))
-    trained = {name: tensor.clone() for name, tensor in trainer._policy.state_dict().items()}
+    trained = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
 
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
 
     fresh = make_trainer(gpt2_path, tmp_path, total_episodes=8, **set)
-    start = fresh._policy.state_dict()
+    start = fresh.policy.state_dict()
     assert any(not torch.equal(start[name], trained[name]) for name in trained if name.startswith("critic."))
-    fresh._load_ppo_state(str(tmp_path / "final"))
     fresh._load_from_checkpoint(str(tmp_path / "final"))
+    fresh._load_critic_and_state(str(tmp_path / "final"))
     assert "critic" not in caplog.text  # no warning of unexpected or missing weights
-    for name, tensor in fresh._policy.state_dict().items():
+    for name, tensor in fresh.policy.state_dict().items():
         assert torch.equal(tensor, trained[name]), name
     assert fresh.kl_coef == 0.123
     assert (tmp_path / "checkpoint-2" / "critic.safetensors").exists()
@@ -662,7 +685,7 @@ def test_row_19_the_critic_is_saved_and_restored_and_the_policy_loads_without_it
 
 def test_row_30_the_critic_is_a_head_on_the_policys_trunk_by_default(gpt2_path, tmp_path):
     trainer = make_trainer(gpt2_path, tmp_path)
-    head = trainer._policy.critic
+    head = trainer.policy.critic
     assert sum(parameter.numel() for parameter in head.parameters()) == 32 + 1
     give_completions(trainer, [[5, 6, 7], [8, 9], [10], [11, 12, 13]])
     values = roll_out(trainer)["old_values"]
@@ -681,13 +704,13 @@ def test_the_value_loss_moves_the_trunk_that_the_head_shares(gpt2_path, tmp_path
     rollout["advantages"] = torch.zeros_like(rollout["advantages"])
     rollout["num_tokens"] = rollout["completion_mask"].sum()
     trainer._compute_loss(trainer.model, rollout).backward()
-    assert trainer._policy.transformer.h[0].mlp.c_fc.weight.grad.abs().max() > 0
-    assert trainer._policy.critic.weight.grad.abs().max() > 0
+    assert trainer.policy.transformer.h[0].mlp.c_fc.weight.grad.abs().max() > 0
+    assert trainer.policy.critic.weight.grad.abs().max() > 0
 
 
 def test_row_30_a_separate_critic_starts_from_a_sequence_classifier(gpt2_path, classifier_path, tmp_path):
     trainer = make_trainer(gpt2_path, tmp_path, value_model_path=classifier_path)
-    assert isinstance(trainer._policy.critic, ValueModel)
+    assert isinstance(trainer.policy.critic, ValueModel)
     give_completions(trainer, [[5, 6, 7], [8, 9], [10], [11, 12, 13]])
     rollout = roll_out(trainer)
     classifier = AutoModelForSequenceClassification.from_pretrained(classifier_path).eval()
@@ -704,11 +727,24 @@ def test_row_30_a_critic_that_cannot_read_the_policys_tokens_is_refused(gpt2_pat
         make_trainer(gpt2_path, tmp_path, value_model_path=bert_path)
 
 
+def test_values_are_clipped_at_the_range_of_the_config(gpt2_path, tmp_path):
+    losses = {}
+    for cliprange in (1e-6, 1e6):
+        trainer = make_trainer(
+            gpt2_path, tmp_path, cliprange_value=cliprange, learning_rate=1e-2, total_episodes=8, num_iterations=3
+        )
+        trainer.train()
+        losses[cliprange] = history(trainer, "loss/value_avg")
+    # The loss is the larger one of both errors, so values that are held fast make it larger once they have moved.
+    assert losses[1e-6][0] == losses[1e6][0]
+    assert losses[1e-6][1] > losses[1e6][1]
+
+
 def test_row_33_the_critic_can_have_a_learning_rate_of_its_own(gpt2_path, tmp_path):
     trainer = make_trainer(gpt2_path, tmp_path, learning_rate=0.0, value_learning_rate=1e-2, total_episodes=8)
-    before = {name: tensor.clone() for name, tensor in trainer._policy.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
     trainer.train()
-    moved = {name for name, tensor in trainer._policy.state_dict().items() if not torch.equal(tensor, before[name])}
+    moved = {name for name, tensor in trainer.policy.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"critic.weight", "critic.bias"}
 
 
@@ -717,15 +753,15 @@ def test_the_critic_with_a_learning_rate_of_its_own_has_no_weight_decay(gpt2_pat
     trainer = make_trainer(
         gpt2_path, tmp_path, value_learning_rate=1e-2, weight_decay=0.5, vf_coef=0.0, total_episodes=8
     )
-    before = {name: tensor.clone() for name, tensor in trainer._policy.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
     trainer.train()
-    after = trainer._policy.state_dict()
+    after = trainer.policy.state_dict()
     assert torch.equal(after["critic.weight"], before["critic.weight"])
     assert not torch.equal(after["transformer.wte.weight"], before["transformer.wte.weight"])
 
 
 def test_the_value_head_is_drawn_from_the_runs_seed(gpt2_path, tmp_path):
-    heads = [make_trainer(gpt2_path, tmp_path, seed=seed)._policy.critic.weight for seed in (0, 0, 1)]
+    heads = [make_trainer(gpt2_path, tmp_path, seed=seed).policy.critic.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -784,7 +820,7 @@ def test_row_33_scores_are_normalised_by_their_running_moments_and_clipped(gpt2_
     assert torch.allclose(returns, expected, atol=1e-5)
 
 
-def test_row_33_target_kl_skips_the_rest_of_a_rollouts_epochs(gpt2_path, tmp_path):
+def test_row_33_stop_epochs_at_kl_skips_the_rest_of_a_rollouts_epochs(gpt2_path, tmp_path):
     weights = []
 
     class Remember(TrainerCallback):
@@ -798,7 +834,7 @@ def test_row_33_target_kl_skips_the_rest_of_a_rollouts_epochs(gpt2_path, tmp_pat
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         num_iterations=5,
-        target_kl=1e-3,
+        stop_epochs_at_kl=1e-3,
         total_episodes=16,
     )
     trainer.train()
@@ -811,7 +847,9 @@ def test_row_33_target_kl_skips_the_rest_of_a_rollouts_epochs(gpt2_path, tmp_pat
 
 
 def test_a_rollout_after_one_that_was_broken_off_is_used_from_its_first_micro_batch(gpt2_path, tmp_path):
-    trainer = make_trainer(gpt2_path, tmp_path, learning_rate=1e-2, num_iterations=5, target_kl=1e-3, total_episodes=24)
+    trainer = make_trainer(
+        gpt2_path, tmp_path, learning_rate=1e-2, num_iterations=5, stop_epochs_at_kl=1e-3, total_episodes=24
+    )
     losses = []
     compute_loss = trainer._compute_loss
     trainer._compute_loss = lambda *args: losses.append(trainer._step) or compute_loss(*args)
@@ -820,7 +858,7 @@ def test_a_rollout_after_one_that_was_broken_off_is_used_from_its_first_micro_ba
     assert losses == [rollout * 10 + step for rollout in range(3) for step in range(4)]
 
 
-def test_target_kl_is_held_against_the_kl_of_the_whole_mini_batch(gpt2_path, tmp_path):
+def test_stop_epochs_at_kl_is_held_against_the_kl_of_the_whole_mini_batch(gpt2_path, tmp_path):
     def skipped(target):
         trainer = make_trainer(
             gpt2_path,
@@ -829,7 +867,7 @@ def test_target_kl_is_held_against_the_kl_of_the_whole_mini_batch(gpt2_path, tmp
             num_iterations=3,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
-            target_kl=target,
+            stop_epochs_at_kl=target,
             total_episodes=8,
         )
         losses = []
@@ -862,21 +900,21 @@ def test_row_37_a_score_that_is_no_number_stops_the_run_before_the_step(gpt2_pat
 
 def test_row_37_a_loss_that_is_no_number_stops_the_run_before_the_step(gpt2_path, tmp_path):
     trainer = make_trainer(gpt2_path, tmp_path, total_episodes=8, vf_coef=1e38, cliprange_value=1e38)
-    before = trainer._policy.transformer.wte.weight.detach().clone()
+    before = trainer.policy.transformer.wte.weight.detach().clone()
     give_completions(trainer, [[5, 6]] * 8)
-    trainer._policy.critic.weight.data.fill_(1e20)
-    with pytest.raises(FloatingPointError, match="no step was taken"):
+    trainer.policy.critic.weight.data.fill_(1e20)
+    with pytest.raises(FloatingPointError, match=r"loss is (inf|nan) at step 0; no step was taken"):
         trainer.train()
-    assert torch.equal(trainer._policy.transformer.wte.weight, before)
+    assert torch.equal(trainer.policy.transformer.wte.weight, before)
 
 
 def test_row_37_a_gradient_that_is_no_number_stops_the_run_before_the_step(gpt2_path, tmp_path):
     trainer = make_trainer(gpt2_path, tmp_path, total_episodes=8)
-    before = trainer._policy.transformer.wte.weight.detach().clone()
-    trainer._policy.transformer.ln_f.bias.register_hook(lambda gradient: gradient * torch.inf)
+    before = trainer.policy.transformer.wte.weight.detach().clone()
+    trainer.policy.transformer.ln_f.bias.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(FloatingPointError, match=r"gradient norm is (inf|nan) at step 0; no step was taken"):
         trainer.train()
-    assert torch.equal(trainer._policy.transformer.wte.weight, before)
+    assert torch.equal(trainer.policy.transformer.wte.weight, before)
 
 
 def test_row_38_a_reward_function_with_too_few_values_is_named_with_both_counts(gpt2_path, tmp_path):
@@ -915,8 +953,8 @@ def test_the_logged_mean_of_a_reward_is_over_the_samples_that_it_scored(gpt2_pat
     assert history(trainer, "objective/scores") == [pytest.approx((5.0 + 7 * 1.0) / 8)]
 
 
-def test_a_model_as_reward_is_refused_with_the_mend(gpt2_path, tmp_path):
-    with pytest.raises(ValueError, match=r"'runs/reward' is not a function; wrap .* rewards.RewardModel"):
+def test_a_model_as_reward_is_refused_with_what_to_do(gpt2_path, tmp_path):
+    with pytest.raises(ValueError, match=r"'runs/reward' is not a function; wrap .* in RewardModel"):
         make_trainer(gpt2_path, tmp_path, "runs/reward")
 
 
@@ -937,6 +975,26 @@ def test_row_36_prompts_may_be_conversations(llama_path, tmp_path):
     prompt, completion = seen[0]
     assert prompt[0]["role"] == "user"
     assert completion[0]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("given", [{"tools": [len]}, {"environment_factory": dict}])
+def test_what_the_parent_takes_and_ppo_cannot_honour_is_refused_before_a_model_loads(tmp_path, given):
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match=rf"^{next(iter(given))}: not supported by PPOTrainer"):
+        PPOTrainer(str(tmp_path / "no-such-model"), letter_share, args, prompts(8), **given)
+
+
+def test_tokens_of_an_environment_are_refused_not_trained_on(gpt2_path, tmp_path):
+    def rollout(prompts, trainer, mask):
+        ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        result = {"prompt_ids": ids, "completion_ids": [[5, 6, 7]] * len(ids), "logprobs": None}
+        return result | ({"env_mask": [[1, 0, 1]] * len(ids)} if mask else {})
+
+    plain = make_trainer(gpt2_path, tmp_path, rollout_func=lambda prompts, trainer: rollout(prompts, trainer, False))
+    assert roll_out(plain)["completion_mask"].tolist() == [[1, 1, 1]] * 4
+    masked = make_trainer(gpt2_path, tmp_path, rollout_func=lambda prompts, trainer: rollout(prompts, trainer, True))
+    with pytest.raises(ValueError, match="rollout_func: returned env_mask"):
+        roll_out(masked)
 
 
 # -- Settings ------------------------------------------------------------------------------------------------------
@@ -966,7 +1024,7 @@ def test_every_refused_setting_is_one_of_the_parents(tmp_path):
     assert set(PPOConfig.REFUSED) <= set(PPOConfig.__dataclass_fields__)
 
 
-def test_total_episodes_sets_max_steps_in_whole_rollouts(tmp_path):
+def test_total_episodes_sets_max_steps_in_whole_rollouts_and_says_so_when_rounded(tmp_path, capsys):
     config = PPOConfig(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -978,6 +1036,11 @@ def test_total_episodes_sets_max_steps_in_whole_rollouts(tmp_path):
         total_episodes=25,
     )
     assert config.max_steps == 2 * 5 * 3  # two rollouts of 24
+    assert config.total_episodes == 48
+    said = "total_episodes: 25 is rounded up to 48, whole rollouts of 24 completions\n"
+    assert said in capsys.readouterr().out
+    PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4, total_episodes=8)
+    assert "total_episodes" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"^total_episodes: "):
         PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, total_episodes=8, max_steps=8)
 
@@ -1013,7 +1076,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(gpt2_path, tmp_path):
     for _ in range(2):
         trainer = make_trainer(gpt2_path, tmp_path, total_episodes=16, num_mini_batches=2)
         trainer.train()
-        weights.append(trainer._policy.state_dict())
+        weights.append(trainer.policy.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert Path(tmp_path).exists()
 
@@ -1033,7 +1096,7 @@ def test_splitting_a_mini_batch_into_micro_batches_changes_the_update_by_roundin
         )
         give_completions(trainer, [[5], [6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16]] * 2)
         trainer.train()
-        weights.append(trainer._policy.state_dict())
+        weights.append(trainer.policy.state_dict())
     start = AutoModelForCausalLM.from_pretrained(gpt2_path).transformer.wte.weight
     assert (weights[0]["transformer.wte.weight"] - start).abs().max() > 1e-4
     for other in weights[1:]:

@@ -294,3 +294,15 @@ def test_a_generation_that_fails_ends_in_one_line(gpt2_path, tmp_path, capsys):
         predict.main(["--model", str(tmp_path / "broken"), "--prompt", "the", "--max_new_tokens", "4"])
     assert stopped.value.code == 2
     assert "cannot generate" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_several_prompts_are_all_continued(run):
+    completions = run("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--temperature", "0")
+    alone = [run("--prompt", prompt, "--temperature", "0")[0] for prompt in PROMPTS[:2]]
+    assert completions == alone
+
+
+def test_without_a_number_of_tokens_as_many_are_written_as_the_model_has_positions_for(gpt2_path):
+    prompt = "a great film " * 3  # of a model with 64 positions
+    (completion,) = predict.main(["--model", gpt2_path, "--prompt", prompt, "--temperature", "0"])
+    assert completion["model"]

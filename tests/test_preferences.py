@@ -11,9 +11,9 @@ from scipy.stats import binomtest
 from transformers import AutoModelForSequenceClassification
 
 import preferences
-from recipe_args import UserError
-from rewards import RewardModel, length_penalty, repetition_penalty
-from run_support import merge_adapter
+from recipe_args import UserError, merge_adapter
+from rewards import length_penalty, repetition_penalty
+from trl_ppo import RewardModel
 
 
 def write(folder, rows):
@@ -25,15 +25,23 @@ def write(folder, rows):
 def test_a_prompt_is_joined_to_both_sides(tmp_path):
     rows = [{"prompt": "Q: why?", "chosen": " because", "rejected": " no", "source": "x"}]
     pairs = preferences.load_pairs(write(tmp_path / "pairs", rows), "train")
-    assert pairs[0] == {"chosen": "Q: why? because", "rejected": "Q: why? no"}
+    assert pairs[0] == {"prompt": "Q: why?", "chosen": " because", "rejected": " no"}
+    assert preferences.join_prompts(pairs)[0] == {"chosen": "Q: why? because", "rejected": "Q: why? no"}
 
 
 def test_conversations_stay_conversations(tmp_path):
     turns = [("user", "hi"), ("assistant", "a"), ("assistant", "b")]
     user, good, bad = ({"role": role, "content": text} for role, text in turns)
     rows = [{"prompt": [user], "chosen": [good], "rejected": [bad]}]
-    pairs = preferences.load_pairs(write(tmp_path / "pairs", rows), "train")
+    pairs = preferences.join_prompts(preferences.load_pairs(write(tmp_path / "pairs", rows), "train"))
     assert pairs[0] == {"chosen": [user, good], "rejected": [user, bad]}
+
+
+def test_pairs_without_prompts_get_empty_ones_and_are_whole_as_they_are(tmp_path):
+    rows = [{"chosen": "a", "rejected": "b"}, {"chosen": "c", "rejected": "d"}]
+    pairs = preferences.load_pairs(write(tmp_path / "pairs", rows), "train", limit=1)
+    assert pairs[:] == {"prompt": [""], "chosen": ["a"], "rejected": ["b"]}
+    assert preferences.join_prompts(pairs)[:] == {"chosen": ["a"], "rejected": ["b"]}
 
 
 def test_a_missing_side_is_named(tmp_path):
@@ -42,42 +50,27 @@ def test_a_missing_side_is_named(tmp_path):
         preferences.load_pairs(folder, "train")
 
 
-def test_the_interval_of_the_accuracy_is_wilsons():
-    margins = np.array([1.0] * 37 + [-1.0] * 12 + [0.0])
+def test_a_tie_counts_half_and_the_interval_is_wilsons():
+    margins = np.array([1.0] * 37 + [-1.0] * 13)
     ours = preferences.accuracy(margins)
     wilson = binomtest(37, 50).proportion_ci(method="wilson")
-    assert ours["accuracy"] == 37 / 50, "a tie is wrong"
+    assert ours["mean"] == 37 / 50
     assert (ours["low"], ours["high"]) == pytest.approx((wilson.low, wilson.high), abs=1e-4)
     assert (ours["low"], ours["high"]) == pytest.approx((0.6045, 0.8413), abs=1e-3), "by hand: 37 of 50, z = 1.96"
+    with_ties = preferences.accuracy(np.array([1.0] * 36 + [-1.0] * 12 + [0.0, 0.0]))
+    assert with_ties == ours
+    assert preferences.accuracy(np.array([1.0, 0.0]))["mean"] == 0.75
 
 
 def test_a_model_whose_margins_are_log_odds_is_calibrated():
     rng = np.random.default_rng(0)
     margins = rng.normal(0, 2, 40_000)
-    right = rng.random(40_000) < 1 / (1 + np.exp(-np.abs(margins)))
+    correct = rng.random(40_000) < 1 / (1 + np.exp(-np.abs(margins)))
     for scale, diagonal in ((1, True), (3, False)):
-        bins = preferences.calibration(np.where(right, 1, -1) * np.abs(margins) * scale)
+        bins = preferences.calibration(np.where(correct, 1, -1) * np.abs(margins) * scale)
         assert sum(b["n"] for b in bins) == 40_000
-        gap = max(abs(b["predicted"] - b["observed"]) for b in bins)
+        gap = max(abs(b["confidence"] - b["accuracy"]["mean"]) for b in bins)
         assert (gap < 0.03) == diagonal
-
-
-def test_centred_scores_have_mean_0_and_stay_so_when_the_model_is_loaded_again(classifier_path, tmp_path):
-    model, tokenizer = (getattr(RewardModel(classifier_path), name) for name in ("model", "tokenizer"))
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path)
-    texts = ["a great film", "a terrible film with an awful plot", "dull"]
-    raw = RewardModel(str(tmp_path))
-    before = raw.score(texts)
-    preferences.center_scores(raw, texts, tmp_path)
-    again = RewardModel(str(tmp_path))
-    assert np.mean(again.score(texts)) == pytest.approx(0, abs=1e-6)
-    assert np.diff(again.score(texts)) == pytest.approx(np.diff(before), abs=1e-6)
-    assert RewardModel(str(tmp_path), output="probability").score(texts) == pytest.approx(
-        RewardModel(classifier_path, output="probability").score(texts)
-    )
-    preferences.center_scores(again, [], tmp_path)
-    assert RewardModel(str(tmp_path)).score(texts) == pytest.approx(before, abs=1e-6)
 
 
 def test_the_report_holds_what_is_printed(classifier_path, tmp_path, capsys):
@@ -85,7 +78,7 @@ def test_the_report_holds_what_is_printed(classifier_path, tmp_path, capsys):
     pairs = Dataset.from_dict({"chosen": ["a great film", "good"], "rejected": ["an awful plot", "bad"]})
     results = preferences.report(reward_model, tmp_path, train=pairs, test=pairs)
     assert json.loads((tmp_path / "reward_report.json").read_text()) == results
-    assert f"test pairwise accuracy {results['test']['accuracy']:.3f}" in capsys.readouterr().out
+    assert f"test pairwise accuracy {results['test']['accuracy']['mean']:.3f}" in capsys.readouterr().out
     assert (tmp_path / "reward_report.svg").read_text().startswith("<?xml")
     scores = [reward_model.score([pairs[i]["chosen"], pairs[i]["rejected"]]) for i in range(2)]
     assert results["test"]["mean_margin"] == pytest.approx(np.mean([a - b for a, b in scores]), abs=1e-6)
@@ -109,7 +102,6 @@ def test_a_merged_reward_adapter_scores_as_the_adapter_does(classifier_path, tok
     tokenizer.save_pretrained(tmp_path)
     texts = ["a great film", "a terrible film with an awful plot"]
     adapter = RewardModel(str(tmp_path))
-    preferences.center_scores(adapter, texts, tmp_path)
     merged = RewardModel(merge_adapter(str(tmp_path), "float32"))
     assert merged.score(texts) == pytest.approx(adapter.score(texts), abs=1e-5)
     assert merged.score(texts) != pytest.approx(RewardModel(classifier_path).score(texts), abs=1e-3)

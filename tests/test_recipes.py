@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import sys
 import typing
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,26 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import ModelConfig
 
 from conftest import ROOT
 from data_prep import toy_reviews
-from recipe_args import parse
+from recipe_args import UserError, load_split, parse
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.with_suffix(".yaml").exists())
-YAMLS = sorted((ROOT / "recipes").glob("*.yaml"))
+VARIANTS = sorted((ROOT / "recipes" / "variants").glob("*/*.yaml"))
+YAMLS = [*sorted((ROOT / "recipes").glob("*.yaml")), *VARIANTS]
 
 
 def script_of(config: Path) -> Path:
-    """The recipe that a YAML belongs to: the longest stem that begins its name."""
-    return max((path for path in RECIPES if config.stem.startswith(path.stem)), key=lambda path: len(path.stem))
+    """The recipe of a YAML: the one next to it, or the one that its folder of variants is named after."""
+    stem = config.parent.name if config in VARIANTS else config.stem
+    return ROOT / "recipes" / f"{stem}.py"
+
+
+def name_of(config: Path) -> str:
+    """A YAML's name, with its recipe's."""
+    return f"{config.parent.name}-{config.stem}" if config in VARIANTS else config.stem
 
 
 def arguments(script: Path, *args):
@@ -36,7 +45,7 @@ def run(stem, *args):
     return importlib.import_module(stem).main(*arguments(script, *args))
 
 
-@pytest.mark.parametrize("config", YAMLS, ids=lambda path: path.name)
+@pytest.mark.parametrize("config", YAMLS, ids=name_of)
 def test_every_yaml_fits_its_recipe(config, monkeypatch):
     monkeypatch.chdir(ROOT)
     script_args, training_args, _ = arguments(script_of(config), "--config", str(config))
@@ -44,6 +53,20 @@ def test_every_yaml_fits_its_recipe(config, monkeypatch):
     assert training_args.output_dir == values["output_dir"]
     assert values["output_dir"].startswith("runs/")
     assert script_args.dataset_name == values["dataset_name"]
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=name_of)
+def test_a_variant_holds_every_key_and_says_which_differ_from_the_defaults(config):
+    """Nothing is inherited: what a variant does can be read in it alone."""
+    script = script_of(config)
+    assert script in RECIPES
+    default = yaml.safe_load(script.with_suffix(".yaml").read_text())
+    text = config.read_text()
+    different, same = text.split(f"\n# Different from {script.stem}.yaml:\n")[1].split("\n# The same:\n")
+    different, same = yaml.safe_load(different), yaml.safe_load(same)
+    assert default.keys() <= different.keys() | same.keys()
+    assert same == {key: default[key] for key in same}
+    assert all(key not in default or different[key] != default[key] for key in different)
 
 
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
@@ -94,9 +117,8 @@ def toy_run(tmp_path_factory):
         if stage == "ppo":
             options += ["--total_episodes", "32", "--max_completion_length", "6", "--eval_strategy", "steps"]
             options += ["--eval_steps", "8", "--logging_steps", "1"]
-        config = f"sentiment_gpt2_{stage}_tiny.yaml"
         trainers[stage] = run(
-            f"sentiment_gpt2_{stage}", "--config", config, *small, "--output_dir", str(folder / stage), *options
+            f"sentiment_gpt2_{stage}", "--config", "tiny", *small, "--output_dir", str(folder / stage), *options
         )
     return folder, trainers
 
@@ -112,7 +134,7 @@ def test_the_sft_recipe_writes_a_language_model_and_its_tokenizer(toy_run):
 
 
 def test_the_demos_model_has_less_than_two_million_parameters():
-    settings = yaml.safe_load((ROOT / "recipes" / "sentiment_gpt2_sft_tiny.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "recipes" / "variants" / "sentiment_gpt2_sft" / "tiny.yaml").read_text())
     width, layers = settings["scratch_width"], settings["scratch_layers"]
     embeddings = (settings["scratch_vocab"] + settings["max_length"]) * width
     assert embeddings + layers * (12 * width**2 + 13 * width) + 2 * width < 2_000_000
@@ -136,12 +158,12 @@ def test_the_ppo_recipe_writes_policy_tokenizer_and_critic_and_reports_score_and
 
 
 def test_prompts_are_cut_to_the_wanted_number_of_tokens(toy_run):
-    from sentiment_gpt2_ppo import PPOArguments, load_prompts
+    from recipe_args import PPOArguments, load_prompts
 
     folder, _ = toy_run
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
     script_args = PPOArguments(
-        reward_model="none",
+        rewards={"length_penalty": 1.0},
         dataset_name=str(folder / "data" / "sft"),
         prompt_column="text",
         prompt_tokens=[2, 5],
@@ -169,13 +191,11 @@ def test_labelled_reviews_are_paired_with_the_preferred_label_chosen(tmp_path):
 
 
 def test_a_reward_model_is_not_trained_beyond_its_positions(toy_run):
-    from recipe_args import UserError
-
     folder, _ = toy_run
     with pytest.raises(UserError, match="max_length: 65 is more than the 64 positions of"):
         run(
             "sentiment_gpt2_reward",
-            *["--config", "sentiment_gpt2_reward_tiny.yaml", "--model_name_or_path", str(folder / "sft")],
+            *["--config", "tiny", "--model_name_or_path", str(folder / "sft")],
             *["--dataset_name", str(folder / "data" / "pairs"), "--max_length", "65"],
         )
 
@@ -183,7 +203,7 @@ def test_a_reward_model_is_not_trained_beyond_its_positions(toy_run):
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_lora_and_quantisation_are_keys_of_the_yaml_and_the_merged_model_is_the_policy(toy_run, tmp_path, bits):
     folder, _ = toy_run
-    values = yaml.safe_load((ROOT / "recipes" / "sentiment_gpt2_ppo_tiny.yaml").read_text()) | {
+    values = yaml.safe_load((ROOT / "recipes" / "variants" / "sentiment_gpt2_ppo" / "tiny.yaml").read_text()) | {
         "model_name_or_path": str(folder / "sft"),
         "reward_model": str(folder / "reward"),
         "dataset_name": str(folder / "data" / "prompts"),
@@ -241,3 +261,133 @@ def test_what_is_missing_ends_in_one_line_before_a_model_loads(stem, options, sa
     assert stopped.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in line
+
+
+# --- Rewards in the YAML --------------------------------------------------------------------------------------------
+
+
+def rewards_of(**set):
+    from recipe_args import PPOArguments
+
+    return PPOArguments(dataset_name="stanfordnlp/imdb", **set)
+
+
+def training(tmp_path):
+    from trl_ppo import PPOConfig
+
+    return PPOConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8, report_to="none")
+
+
+def test_a_function_of_ones_own_needs_nothing_but_its_name_and_weight(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(
+        "def shouting(prompts, completions, **columns):\n    return [float(c.isupper()) for c in completions]\n"
+    )
+    args = rewards_of(rewards={"length_penalty": 0.0, f"{tmp_path}/my_rewards.py:shouting": -2.0})
+    config = training(tmp_path)
+    args.check(config, ModelConfig())
+    functions = args.load_rewards(config)
+    assert config.reward_weights == [0.0, -2.0]
+    assert [function(prompts=["a"], completions=["NO"]) for function in functions] == [[-1.0], [1.0]]
+    assert [function.__name__ for function in functions] == ["length_penalty", "shouting"]
+
+
+def test_a_reward_model_that_the_yaml_leaves_out_is_not_loaded(tmp_path):
+    args = rewards_of(rewards={"length_penalty": 1.0}, reward_model="runs/no-such-model")
+    args.check(training(tmp_path), ModelConfig())
+    assert len(args.load_rewards(training(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ({}, "rewards: is empty"),
+        ({"length": 1.0}, "rewards: 'length' is no reward; give word_count, length_penalty"),
+        ({"reward_model": 1.0}, "rewards: reward_model has a weight, but reward_model: names no classifier"),
+        ({"length_penalty": float("nan")}, "rewards: length_penalty: nan is not a finite number"),
+        ({"gone.py:f": 1.0}, "rewards: cannot import gone.py:f: FileNotFoundError"),
+        ({"math:no_such": 1.0}, "rewards: cannot import math:no_such: AttributeError"),
+        ({"math:pi": 1.0}, "rewards: math:pi is not a function"),
+    ],
+)
+def test_rewards_that_cannot_be_had_are_named_before_anything_loads(rewards, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        rewards_of(rewards=rewards).check(training(tmp_path), ModelConfig())
+    assert str(error.value).startswith(said)
+
+
+def test_weights_outside_rewards_are_refused(tmp_path):
+    config = training(tmp_path)
+    config.reward_weights = [1.0]
+    with pytest.raises(UserError, match="reward_weights: give each reward its weight in rewards"):
+        rewards_of(rewards={"length_penalty": 1.0}).check(config, ModelConfig())
+
+
+def test_a_reward_of_weight_0_is_logged_and_changes_nothing(toy_run, tmp_path):
+    folder, _ = toy_run
+
+    def train(name, rewards):
+        options = ["--model_name_or_path", "sft", "--reward_model", "reward", "--dataset_name", "data/prompts"]
+        options = [str(folder / value) if not value.startswith("--") else value for value in options]
+        options += ["--total_episodes", "32", "--per_device_train_batch_size", "16", "--max_completion_length", "6"]
+        options += ["--disable_tqdm", "true", "--output_dir", str(tmp_path / name), "--rewards", rewards]
+        return run("sentiment_gpt2_ppo", "--config", "tiny", *options)
+
+    alone = train("alone", "{reward_model: 1.0}")
+    both = train("both", "{reward_model: 1.0, repetition_penalty: 0.0}")
+    assert all(torch.equal(a, b) for a, b in zip(alone.model.parameters(), both.model.parameters(), strict=True))
+    logged = {name for entry in both.state.log_history for name in entry}
+    assert "rewards/repetition_penalty" in logged
+    assert "rewards/repetition_penalty" not in {name for entry in alone.state.log_history for name in entry}
+
+
+def test_every_setting_of_ppo_is_written_out_in_a_yaml():
+    """And so has a worked example; those that are TRL's are TRL's to show."""
+    from trl import GRPOConfig
+
+    from trl_ppo import PPOConfig
+
+    own = {field.name for field in fields(PPOConfig)} - {field.name for field in fields(GRPOConfig)}
+    values = yaml.safe_load((ROOT / "recipes/variants/sentiment_gpt2_ppo/tiny_separate_critic.yaml").read_text())
+    assert len(own) > 15
+    assert own <= values.keys()
+
+
+# --- Smaller things -------------------------------------------------------------------------------------------------
+
+
+def test_a_preferred_label_is_refused_where_the_data_holds_pairs(toy_run):
+    folder, _ = toy_run
+    options = ["--config", "tiny", "--model_name_or_path", str(folder / "sft"), "--preferred_label", "0"]
+    with pytest.raises(UserError, match="preferred_label: 0: the data holds pairs, of which `chosen` is preferred"):
+        run("sentiment_gpt2_reward", *options, "--dataset_name", str(folder / "data" / "pairs"))
+
+
+def test_the_card_of_a_model_made_from_scratch_says_so(toy_run, tmp_path):
+    folder, _ = toy_run
+    data = ["--dataset_name", str(folder / "data" / "sft"), "--output_dir", str(tmp_path)]
+    size = ["--scratch_width", "32", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    run("sentiment_gpt2_sft", "--config", "tiny", *data, *size, "--disable_tqdm", "true")
+    assert "This model was trained from scratch" in (tmp_path / "README.md").read_text()
+
+
+def test_center_rewards_coefficient_centres_the_scores_that_any_reader_sees(toy_run, tmp_path):
+    """Without it the pairwise loss leaves the mean where it was: here at 3, by a bias put into the last layer norm."""
+    folder, _ = toy_run
+    start = AutoModelForSequenceClassification.from_pretrained(folder / "sft", num_labels=1)
+    direction = start.score.weight.detach()[0]
+    start.transformer.ln_f.bias.data += 3 * direction / direction.square().sum()
+    start.save_pretrained(tmp_path / "start")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
+    tokenizer.save_pretrained(tmp_path / "start")
+    texts = [row["chosen"] for row in load_split(str(folder / "data" / "pairs"), "train")]
+    means = {}
+    for coefficient in ("0.0", "0.1"):
+        output = str(tmp_path / coefficient)
+        options = ["--model_name_or_path", str(tmp_path / "start"), "--dataset_name", str(folder / "data" / "pairs")]
+        options += ["--center_rewards_coefficient", coefficient, "--max_steps", "30", "--learning_rate", "3e-3"]
+        run("sentiment_gpt2_reward", "--config", "tiny", *options, "--output_dir", output, "--disable_tqdm", "true")
+        reader = AutoModelForSequenceClassification.from_pretrained(output).eval()
+        with torch.no_grad():
+            ids = [tokenizer(text + tokenizer.eos_token, return_tensors="pt")["input_ids"] for text in texts[:32]]
+            means[coefficient] = sum(reader(input_ids=row).logits.item() for row in ids) / 32
+    assert abs(means["0.1"]) < 0.5 < 1.5 < means["0.0"]

@@ -18,7 +18,9 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from conftest import SENTENCES
-from rewards import RewardModel, checked, encode, length_penalty, word_count
+from rewards import length_penalty, word_count
+from trl_ppo import RewardModel
+from trl_ppo.reward_model import encode, with_finite_scores
 
 PROMPTS = ["the movie", "", "a great", "i watched it twice because the story was so"]
 COMPLETIONS = [" was good and i loved it", "a terrible film", " film", " dull that i left early"]
@@ -149,12 +151,6 @@ def test_texts_beyond_the_models_positions_are_cut_not_a_crash(reward_path):
     assert math.isfinite(reward([" ".join(SENTENCES * 4)], [" good"])[0])
 
 
-def test_the_completion_alone_is_scored_when_asked(llama_reward):
-    reward = RewardModel(llama_reward, device="cpu", include_prompt=False)
-    assert reward(["one"] * 2, COMPLETIONS[:2]) == pytest.approx(reward(["other", ""], COMPLETIONS[:2]), abs=1e-5)
-    assert reward(["one"] * 2, COMPLETIONS[:2]) == pytest.approx(reward.score(COMPLETIONS[:2]), abs=1e-5)
-
-
 def test_the_named_label_is_the_score_by_name_or_index(two_labels):
     positive, negative = (RewardModel(two_labels, label=name, device="cpu") for name in ("POSITIVE", "NEGATIVE"))
     by_index = RewardModel(two_labels, label=1, device="cpu")
@@ -164,24 +160,6 @@ def test_the_named_label_is_the_score_by_name_or_index(two_labels):
     for reward, logit in ((negative, logits[0]), (positive, logits[1]), (by_index, logits[1])):
         assert reward(["the movie"], [" was good"]) == pytest.approx([logit.item()], abs=1e-5)
     assert logits[0].item() != pytest.approx(logits[1].item(), abs=1e-3)
-
-
-def test_probabilities_of_all_labels_sum_to_one_and_their_logarithms_agree(two_labels):
-    total = 0.0
-    for label in ("POSITIVE", "NEGATIVE"):
-        probability, log_probability = (
-            RewardModel(two_labels, label=label, device="cpu", output=kind).score(["a good film"])[0]
-            for kind in ("probability", "log_probability")
-        )
-        assert math.log(probability) == pytest.approx(log_probability, abs=1e-5)
-        total += probability
-    assert total == pytest.approx(1.0, abs=1e-5)
-
-
-def test_the_probability_of_a_single_label_is_the_logistic_of_its_logit(llama_reward):
-    (logit,) = RewardModel(llama_reward, device="cpu").score(["a good film"])
-    (probability,) = RewardModel(llama_reward, device="cpu", output="probability").score(["a good film"])
-    assert probability == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)
 
 
 @pytest.mark.parametrize("label", [None, "HAPPY", 2, True])
@@ -327,7 +305,7 @@ def returning(values):
     "values", [[1, None], torch.tensor([1.0, 2.0]), np.array([1.0, 2.0], dtype=np.float32), (True, np.float64(2))]
 )
 def test_good_values_pass_as_python_floats_and_none_as_none(values):
-    checked_values = checked(returning(values))(["p", "q"], ["x", "y"])
+    checked_values = with_finite_scores(returning(values))(["p", "q"], ["x", "y"])
     assert checked_values[0] == 1.0
     assert all(value is None or type(value) is float for value in checked_values)
     assert (checked_values[1] is None) == (values[1] is None)
@@ -336,27 +314,27 @@ def test_good_values_pass_as_python_floats_and_none_as_none(values):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), torch.tensor(float("nan")), "high"])
 def test_a_value_that_is_no_finite_number_names_function_sample_value_and_text(bad):
     with pytest.raises(ValueError, match=r"'my_reward'.*sample 1: prompt 'second', completion 'two'") as error:
-        checked(returning([0.0, bad]))(["first", "second"], ["one", "two"])
+        with_finite_scores(returning([0.0, bad]))(["first", "second"], ["one", "two"])
     assert repr(bad) in str(error.value)
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0], []])
 def test_a_wrong_number_of_values_names_the_function_and_both_counts(values):
     with pytest.raises(ValueError, match=rf"'my_reward' returned {len(values)} values for 2 completions"):
-        checked(returning(values))(["p", "q"], ["x", "y"])
+        with_finite_scores(returning(values))(["p", "q"], ["x", "y"])
 
 
 @pytest.mark.parametrize("value", [1.0, None])
 def test_something_that_is_no_list_is_an_error(value):
     with pytest.raises(ValueError, match=rf"'my_reward' returned {type(value).__name__}, not a list of 2"):
-        checked(returning(value))(["p", "q"], ["x", "y"])
+        with_finite_scores(returning(value))(["p", "q"], ["x", "y"])
 
 
 def test_columns_reach_the_function():
     def by_column(prompts, completions, bonus, **_):
         return bonus
 
-    assert checked(by_column)(prompts=["p"], completions=["x"], bonus=[4]) == [4.0]
+    assert with_finite_scores(by_column)(prompts=["p"], completions=["x"], bonus=[4]) == [4.0]
 
 
 async def slow_reward(prompts, completions, **columns):
@@ -370,8 +348,8 @@ class SlowReward:
 
 
 @pytest.mark.parametrize("function", [slow_reward, SlowReward()])
-def test_an_async_function_stays_async_and_is_checked(function):
-    wrapper = checked(function)
+def test_an_async_function_stays_async_and_is_with_finite_scores(function):
+    wrapper = with_finite_scores(function)
     assert is_async_callable(wrapper)
     assert get_callable_name(wrapper) == get_callable_name(function)
     assert asyncio.run(wrapper(["p"], ["x"], values=[torch.tensor(2)])) == [2.0]
@@ -383,5 +361,5 @@ def test_the_name_that_trl_logs_is_kept_and_a_plain_function_stays_plain(llama_r
     from functools import partial
 
     for function in (word_count, partial(word_count, scale=1), RewardModel(llama_reward, device="cpu")):
-        assert get_callable_name(checked(function)) == get_callable_name(function)
-        assert not is_async_callable(checked(function))
+        assert get_callable_name(with_finite_scores(function)) == get_callable_name(function)
+        assert not is_async_callable(with_finite_scores(function))

@@ -75,10 +75,10 @@ def run(path, folder, lora):
 
 def stop_epochs(path, folder):
     """A rollout that stops after its second step, at three quarters of that step's KL: no rank alone has so much."""
-    free = job(path, folder / "free", num_train_epochs=1, num_iterations=4, target_kl=1e9)
+    free = job(path, folder / "free", num_train_epochs=1, num_iterations=4, stop_epochs_at_kl=1e9)
     free.train()
     kl = [entry["policy/approxkl_avg"] for entry in free.state.log_history if "policy/approxkl_avg" in entry]
-    trainer = job(path, folder / "stopped", num_train_epochs=1, num_iterations=4, target_kl=0.75 * kl[1])
+    trainer = job(path, folder / "stopped", num_train_epochs=1, num_iterations=4, stop_epochs_at_kl=0.75 * kl[1])
     steps = []
     compute_loss = trainer._compute_loss
     trainer._compute_loss = lambda *args: steps.append(trainer._step) or compute_loss(*args)

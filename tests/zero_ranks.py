@@ -6,8 +6,7 @@ from pathlib import Path
 
 import deepspeed
 
-from ppo_config import PPOConfig
-from rewards import RewardModel
+from trl_ppo import PPOConfig, RewardModel
 from two_ranks import job
 
 

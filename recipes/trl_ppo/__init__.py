@@ -1,0 +1,29 @@
+"""PPO for TRL: `from trl_ppo import PPOConfig, PPOTrainer, RewardModel`, and the formulas by their names."""
+
+import importlib
+import logging
+
+# It warns when it is imported on a CPU, quantised model or not, that a kernel for 4 bits is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+FORMULAS = (
+    "kl_estimate",
+    "token_rewards",
+    "gae",
+    "whiten",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "next_kl_coef",
+    "explained_variance",
+)
+MODULE_OF = {"PPOConfig": "config", "PPOTrainer": "trainer", "RewardModel": "reward_model"}
+MODULE_OF |= dict.fromkeys(FORMULAS, "formulas")
+
+__all__ = list(MODULE_OF)
+
+
+def __getattr__(name):
+    """Each name is imported when it is first used: TRL's trainers alone take many seconds."""
+    if name not in MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{MODULE_OF[name]}"), name)

@@ -1,0 +1,85 @@
+"""Callbacks of a PPO run, and the running means that it logs."""
+
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+
+class RunningMean:
+    """A metric's mean over what was added on every rank; TRL's `log` iterates over it, once, on each of them.
+
+    `reduce` sums a tensor over ranks.
+    """
+
+    def __init__(self, reduce):
+        self.reduce, self.sums = reduce, 0.0
+
+    def add(self, values, mask):
+        """`values` where `mask` is 1; both of the same shape."""
+        self.sums = self.sums + torch.stack([(values * mask).sum(), mask.sum()]).double()
+
+    def __iter__(self):
+        total, count = self.reduce(self.sums).tolist()
+        yield total / count if count else math.nan  # which TRL's `log` leaves out
+
+
+class OrderByPass(TrainerCallback):
+    """Draws the order of each pass over the prompts from the seed and the pass alone.
+
+    TRL's sampler runs one generator through all passes: a run resumed in a later one would see another order.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Called before the pass's iterator is made."""
+        batches = train_dataloader.batch_sampler
+        batches = getattr(batches, "batch_sampler", batches)  # out of accelerate's share of a rank
+        sampler = getattr(batches, "sampler", None)  # a streamed dataset has none
+        if getattr(sampler, "shuffle", False):
+            sampler.generator.manual_seed(sampler.seed + int(state.epoch or 0))
+
+
+class LogBeforeSave(TrainerCallback):
+    """Empties the running means at each checkpoint, so that a resumed run logs what an uninterrupted one does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called after each optimiser step."""
+        control.should_log |= control.should_save
+
+
+class NameBaseInCard(TrainerCallback):
+    """Says in TRL's model card what the model was trained from, where that is no model of the Hub ("None")."""
+
+    NONE = "is a fine-tuned version of [None](https://huggingface.co/None)"
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        """Called after each checkpoint, before which the card is written."""
+        card = Path(args.output_dir) / "README.md"
+        if state.is_world_process_zero and card.is_file():
+            base = getattr(model, "module", model).config._name_or_path
+            said = f"is a fine-tuned version of `{base}`" if base else "was trained from scratch"
+            text = card.read_text().replace(self.NONE, said).replace('model="None"', f'model="{args.output_dir}"')
+            card.write_text(text)
+
+
+class RolloutProgress(ProgressCallback):
+    """Trainer's progress bar, with a short line a log in place of the forty metrics that the loggers get."""
+
+    SHOWN: ClassVar[dict[str, str]] = {
+        "objective/scores": "score {:.3f}",
+        "objective/kl": "kl {:.2f}",
+        "completions/mean_length": "length {:.1f}",
+        "objective/kl_coef": "β {:.3f}",
+        "policy/entropy_avg": "entropy {:.2f}",
+        "val/explained_variance": "explained variance {:.2f}",
+    }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called with each row of the log."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            for prefix, title in (("", "step"), ("eval_", "held-out, step")):
+                shown = [text.format(logs[prefix + name]) for name, text in self.SHOWN.items() if prefix + name in logs]
+                if shown:
+                    self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))

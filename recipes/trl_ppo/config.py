@@ -1,0 +1,163 @@
+"""`PPOConfig`: the settings of `PPOTrainer`, and which of GRPO's it refuses."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from trl import GRPOConfig
+
+from .inputs import UserError
+
+# GRPO's settings that mean nothing to PPO, each with what to do instead; a recipe's --help leaves them out.
+NOT_PPO = {
+    "beta": "use kl_coef",
+    "disable_dropout": "with dropout, sampling and log-probabilities would disagree",
+    "scale_rewards": "use whiten_rewards or score_norm",
+    "multi_objective_aggregation": "scores are summed with reward_weights",
+    "use_bias_correction_kl": "use kl_estimator",
+    "mask_truncated_completions": "use missing_eos_penalty",
+    "max_tool_calling_iterations": "tools are not supported",
+    "use_transformers_paged": "use use_transformers_continuous_batching",
+    "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}',
+} | {
+    name: advice
+    for advice, names in {
+        "PPO samples one completion for each prompt": "num_generations num_generations_eval",
+        "use num_mini_batches and gradient_accumulation_steps": "generation_batch_size steps_per_generation",
+        "the loss is PPO's": "loss_type importance_sampling_level delta off_policy_mask_threshold router_aux_loss_coef "
+        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
+        "PPO here has no entropy term": "entropy_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min "
+        "entropy_coef_max entropy_coef_delta entropy_target",
+        "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+        "old log-probabilities are the trainer's own": "vllm_importance_sampling_correction "
+        "vllm_importance_sampling_cap vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
+        "vllm_importance_sampling_clip_min",
+    }.items()
+    for name in names.split()
+}
+
+
+def setting(default, help, **metadata):
+    """A field of the config with its text for --help."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """`GRPOConfig` for PPO. One rollout is `per_device_train_batch_size × gradient_accumulation_steps ×
+    num_mini_batches` completions on each rank, one for each prompt; it is followed by `num_iterations` PPO epochs of
+    `num_mini_batches` optimiser steps each.
+
+    Raises `ValueError`, naming the setting, for a value that cannot work or a GRPO setting that means nothing here.
+    """
+
+    learning_rate: float = setting(3e-6, "Initial learning rate of AdamW.")
+    adam_epsilon: float = setting(1e-5, "Epsilon of AdamW; PPO implementations use 1e-5.")
+    num_iterations: int = setting(4, "PPO epochs: passes over each rollout.")
+    num_mini_batches: int = setting(1, "Optimiser steps per PPO epoch.")
+    total_episodes: int | None = setting(
+        None, "Completions to sample in all, rounded up to whole rollouts; sets `max_steps`."
+    )
+    kl_coef: float = setting(0.05, "β, the price of KL inside the reward, per nat.")
+    kl_estimator: str = setting(
+        "k1",
+        "Per-token KL estimate in the reward. k1 is unbiased; k3 varies less, but its gradient inside a reward is "
+        "biased (arXiv:2510.01555, 2512.21852).",
+        choices=["k1", "k3"],
+    )
+    kl_target: float | None = setting(None, "Adapt β towards this KL per sequence, in nats; fixed β if not set.")
+    kl_horizon: int = setting(10_000, "Episodes over which an adaptive β reacts.")
+    stop_epochs_at_kl: float | None = setting(
+        None, "Skip the rest of a rollout's epochs once approxkl (new against old policy, per token) passes this."
+    )
+    gamma: float = setting(1.0, "Discount of GAE, per token.")
+    lam: float = setting(0.95, "λ of GAE.")
+    vf_coef: float = setting(0.1, "Weight of the value loss.")
+    cliprange_value: float = setting(0.2, "How far a value may move from the rollout's.")
+    whiten_rewards: bool = setting(False, "Scale per-token rewards to unit variance; the mean stays.")
+    missing_eos_penalty: float | None = setting(None, "Subtracted from the score of a completion without an end token.")
+    score_norm: bool = setting(False, "Normalise scores by their running mean and standard deviation.")
+    score_clip: float | None = setting(None, "Clip scores to ± this, after normalising.")
+    value_model_path: str | None = setting(
+        None, "Causal sequence classifier to start a separate critic from; value head if not set."
+    )
+    value_learning_rate: float | None = setting(
+        None, "Learning rate of the critic's own weights; `learning_rate` if not set."
+    )
+    disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
+    num_generations: int = setting(1, "PPO samples one completion for each prompt.")
+    num_generations_eval: int = setting(1, "One completion for each held-out prompt.")
+    beta: float = setting(1.0, "Not PPO's; non-zero, so that the parent loads the reference.")
+
+    REFUSED: ClassVar[dict[str, str]] = NOT_PPO
+
+    def __post_init__(self):
+        for each in fields(self):
+            if each.name in NOT_PPO and getattr(self, each.name) != each.default:
+                raise ValueError(f"{each.name}: not a setting of PPO; {NOT_PPO[each.name]}")
+        self._check_ranges()
+        self.steps_per_generation = self.gradient_accumulation_steps * self.num_mini_batches
+        local_rollout = self.per_device_train_batch_size * self.steps_per_generation
+        if local_rollout < 2:
+            raise ValueError("per_device_train_batch_size: a rollout of 1 completion has no variance to whiten; use 2")
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "objective/scores"
+        self._round_to_rollouts()
+        self.vllm_importance_sampling_correction = False
+        # The parent insists on groups of two and more: show it one group the size of the rollout.
+        self.num_generations = local_rollout
+        super().__post_init__()
+        self.num_generations = 1
+        if self.total_episodes is not None:
+            self._round_up("total_episodes", self.generation_batch_size, "completions")
+            self.max_steps = self.total_episodes // self.generation_batch_size * self.steps_per_rollout
+
+    @property
+    def steps_per_rollout(self):
+        """Optimiser steps between two rollouts."""
+        return self.num_iterations * self.num_mini_batches
+
+    def _round_up(self, name, unit, of_what):
+        """Set a number to the next multiple of `unit`, a rollout's, and say so where that changes it."""
+        given = getattr(self, name)
+        setattr(self, name, math.ceil(given / unit) * unit)
+        if getattr(self, name) != given:
+            print(f"{name}: {given:g} is rounded up to {getattr(self, name)}, whole rollouts of {unit} {of_what}")
+
+    def _round_to_rollouts(self):
+        """Checkpoints, and the evaluations that go with them, fall between rollouts: there a run resumes exactly."""
+        if self.save_strategy != "steps":
+            return
+        for name in ("save_steps", "eval_steps") if self.load_best_model_at_end else ("save_steps",):
+            setattr(self, name, getattr(self, name) or self.logging_steps)
+            self._round_up(name, self.steps_per_rollout, "steps")
+
+    def _check_ranges(self):
+        for name in ("num_iterations", "num_mini_batches", "kl_horizon", "temperature", "max_completion_length"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be positive")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
+        for name in ("kl_target", "stop_epochs_at_kl", "score_clip", "total_episodes", "value_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be positive, or null")
+        for name in ("kl_coef", "vf_coef", "cliprange_value", "epsilon"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must not be negative")
+        if self.kl_estimator not in ("k1", "k3"):
+            raise ValueError(f"kl_estimator: '{self.kl_estimator}' must be 'k1' or 'k3'")
+        if self.total_episodes is not None and self.max_steps > 0:
+            raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
+
+
+def check_arguments(args, train_dataset, others):
+    """UserError for a dataset that is smaller than a rollout, and for what the parent takes and PPO cannot honour."""
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < args.generation_batch_size:
+        raise UserError(
+            f"train_dataset: {len(train_dataset)} prompts, but one rollout takes {args.generation_batch_size}; add "
+            "prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches"
+        )
+    for name in ("tools", "environment_factory"):
+        if others.get(name):
+            raise UserError(f"{name}: not supported by PPOTrainer, whose completions are the policy's tokens alone")

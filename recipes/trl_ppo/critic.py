@@ -1,0 +1,122 @@
+"""The critic: a value head on the policy's trunk or a model of its own, and the checkpoints that hold it.
+
+Shapes: N completion tokens, H the hidden size.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from trl.trainer.utils import disable_dropout_in_model
+
+from .inputs import UserError
+
+CRITIC = "critic.safetensors"  # next to the policy, which is written as if it had none
+
+
+class ValueHead(nn.Linear):
+    """V(s_t) from the policy's own last hidden state; weights from N(0, 1/√(d+1)), bias 0 (Huang et al. 2024)."""
+
+    def __init__(self, hidden_size, seed=0):
+        super().__init__(hidden_size, 1)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed)
+            self.weight.copy_(torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1))
+            self.bias.zero_()
+
+    def forward(self, states, tokens=None):
+        """The policy's states (N, H) → values (N,)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.float()).squeeze(-1)
+
+
+class ValueModel(nn.Module):
+    """A critic of its own, initialised from a causal sequence classifier with one label, usually the reward model.
+
+    Raises `UserError` where the classifier is not causal (it would see the future), has several labels, or reads
+    another vocabulary than the policy's.
+    """
+
+    def __init__(self, path, vocab_size, **init_kwargs):
+        super().__init__()
+        classifier = AutoModelForSequenceClassification.from_pretrained(path, **init_kwargs)
+        head = getattr(classifier, "score", None)
+        if head is None or head.out_features != 1:
+            raise UserError(f"value_model_path: '{path}' is not a causal sequence classifier with one label")
+        if classifier.config.vocab_size != vocab_size:
+            raise UserError(
+                f"value_model_path: '{path}' has a vocabulary of {classifier.config.vocab_size} tokens, the policy one "
+                f"of {vocab_size}; the critic reads the policy's tokens, so train it with the policy's tokenizer"
+            )
+        self.trunk, self.head = classifier.base_model, head
+        disable_dropout_in_model(self.trunk)
+
+    def forward(self, states, tokens):
+        """`CompletionTokens` → values (N,), from states of its own."""
+        return self.head(tokens.states(self.trunk)).squeeze(-1).float()
+
+
+def attach_critic(policy, args, device):
+    """Put the critic that the settings ask for on the policy, which is saved as if it had none."""
+    config = policy.config.get_text_config()
+    if args.value_model_path is None:
+        policy.critic = ValueHead(config.hidden_size, args.seed).to(device)
+    else:
+        kernels = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "activation_function"}
+        critic = ValueModel(args.value_model_path, config.vocab_size, dtype=torch.float32, **kernels)
+        policy.critic = critic.to(device)
+    names = {f"critic.{name}" for name in policy.critic.state_dict()}
+    policy._keys_to_ignore_on_save |= names | set(policy.all_tied_weights_keys)
+
+
+def split_group(optimizer, parameters, learning_rate):
+    """Give some of an optimiser's parameters a group of their own, without weight decay."""
+    chosen = {id(parameter) for parameter in parameters}
+    own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in chosen]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+    optimizer.add_param_group({"params": own, "lr": learning_rate, "weight_decay": 0.0})
+
+
+# --- Checkpoints --------------------------------------------------------------------------------------------------
+
+
+def save_critic(critic, folder, state_dict=None):
+    """Write `critic.safetensors`; `state_dict` is the whole model's where an engine (FSDP, DeepSpeed) gathered it."""
+    weights = critic.state_dict()
+    if state_dict is not None:
+        weights = {name.rpartition("critic.")[2]: w for name, w in state_dict.items() if "critic." in name}
+    save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, Path(folder) / CRITIC)
+
+
+def load_critic(critic, folder):
+    """Read `critic.safetensors`."""
+    critic.load_state_dict(load_file(Path(folder) / CRITIC))
+
+
+def is_whole(checkpoint):
+    """Whether a checkpoint was written to its end, the trainer's state coming last; a finished run's folder is none."""
+    try:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return "global_step" in state and any(Path(checkpoint).glob("rng_state*.pth"))
+
+
+def last_checkpoint(folder):
+    """The whole checkpoint of the most steps in `folder`, or None; half-written ones are passed over."""
+    whole = [path for path in Path(folder).glob("checkpoint-*") if is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def checkpoint_to_resume(given, output_dir):
+    """The folder to resume from, None for a fresh start; `True` (or "true") takes the last whole checkpoint, if any."""
+    if str(given).lower() == "true":
+        return last_checkpoint(output_dir)
+    if given and not is_whole(given):
+        raise UserError(f"resume_from_checkpoint: '{given}' is not a whole checkpoint")
+    return given or None

@@ -1,0 +1,241 @@
+"""`RewardModel`: a sequence classifier as a reward function, and the check that every reward function's values pass.
+
+>>> reward = RewardModel("runs/sentiment_gpt2_reward", label="POSITIVE")
+>>> reward(["The film"], [" was a delight."])
+[3.1]
+"""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils import find_adapter_config_file
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+from .inputs import UserError, as_text, finite_scores, join, looks_local
+
+HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
+
+
+def with_finite_scores(reward_func):
+    """`reward_func`, synchronous or not, whose values are checked by `finite_scores` at each call.
+
+    Raises `UserError` if it is no function.
+    """
+    if not callable(reward_func) or isinstance(reward_func, nn.Module):
+        raise UserError(
+            f"reward_funcs: {reward_func!r:.60} is not a function; wrap a sequence classifier in RewardModel(path)"
+        )
+    name = get_callable_name(reward_func)
+    if is_async_callable(reward_func):
+
+        async def wrapper(prompts, completions, **columns):
+            values = await reward_func(prompts=prompts, completions=completions, **columns)
+            return finite_scores(name, values, prompts, completions)
+
+    else:
+
+        def wrapper(prompts, completions, **columns):
+            values = reward_func(prompts=prompts, completions=completions, **columns)
+            return finite_scores(name, values, prompts, completions)
+
+    wrapper.__name__ = wrapper.__qualname__ = name  # TRL logs by it
+    wrapper.__doc__ = reward_func.__doc__
+    return wrapper
+
+
+class RewardModel:
+    """The score that a sequence classifier gives to prompt + completion, as a reward function.
+
+    Args:
+        path: a Hub id or a local folder: a classifier, encoder or decoder, or a PEFT adapter of one.
+        label: the label whose logit is the score, by name or index; needed when there are several.
+        max_length: longer texts lose their beginning (what is scored stands at the end); the model's own limit holds
+            as well.
+        batch_size: texts per forward pass; texts of similar length share a pass.
+        dtype: of the weights, as `from_pretrained` takes it.
+        device: default is this process's device (`accelerate.PartialState`).
+        add_eos: whether an end token is put after the text; default as in `encode`, that is as TRL's `RewardTrainer`
+            trains.
+
+    Raises:
+        FileNotFoundError: `path` is a local one and does not exist.
+        UserError: no or an unknown `label` where there are several; no trained classification head at `path`; a
+            tokenizer with neither padding nor end token.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        label: str | int | None = None,
+        max_length: int = 512,
+        batch_size: int = 64,
+        dtype: str = "float32",
+        device: str | torch.device | None = None,
+        add_eos: bool | None = None,
+    ):
+        path = os.path.expanduser(str(path))
+        if looks_local(path) and not Path(path).exists():
+            raise FileNotFoundError(f"reward model {path!r} does not exist: train it first or give a Hub id")
+        self.batch_size = batch_size
+        self.model, self.tokenizer = load_classifier(path, dtype)
+        self.device = torch.device(device) if device is not None else PartialState().device
+        self.model.to(self.device).eval().requires_grad_(False)
+        config = self.model.config
+        self.label = _label_index(path, config.id2label, label)
+        self._pad_token_id = self._set_padding(path, config)
+        self._max_length, self._add_eos = _length_limit(max_length, config), add_eos
+        if add_eos and self.tokenizer.eos_token_id is None:
+            raise UserError(f"add_eos: the tokenizer of {path!r} has no end token")
+        name = Path(path).resolve().name if Path(path).exists() else path.rsplit("/", 1)[-1]
+        self.__name__ = name if label is None else f"{name}_{config.id2label[self.label]}"
+
+    def __call__(self, prompts, completions, **_) -> list[float]:
+        """One score for each completion, in their order."""
+        return self.score([join(p, c) for p, c in zip(prompts, completions, strict=True)])
+
+    @torch.no_grad()
+    def score(self, texts) -> list[float]:
+        """One score for each text (a string or a list of messages), in their order."""
+        token_ids = self.token_ids(texts)
+        by_length = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
+        scores = [0.0] * len(token_ids)
+        for start in range(0, len(by_length), self.batch_size):
+            batch = by_length[start : start + self.batch_size]
+            for i, score in zip(batch, self._forward([token_ids[i] for i in batch]), strict=True):
+                scores[i] = score
+        return scores
+
+    def token_ids(self, texts) -> list[list[int]]:
+        """What the model reads of each text; see `encode`."""
+        ids = encode(self.tokenizer, texts, max_length=self._max_length, add_eos=self._add_eos)
+        return [row or [self._pad_token_id] for row in ids]
+
+    def _forward(self, token_ids) -> list[float]:
+        # On the right: positions count from the first token, and a decoder's head finds the last token before the
+        # padding. With padding = end token that is the one before the end token, in a batch as alone, as in training.
+        inputs = self.tokenizer.pad({"input_ids": token_ids}, padding_side="right", return_tensors="pt")
+        return self.model(**inputs.to(self.device)).logits[:, self.label].float().tolist()
+
+    def _set_padding(self, path, config) -> int:
+        tokenizer = self.tokenizer
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise UserError(f"the tokenizer of {path!r} has neither a padding token nor an end token")
+            tokenizer.pad_token = tokenizer.eos_token
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the head looks for it to find the last token
+        return tokenizer.pad_token_id
+
+
+def _length_limit(max_length, config) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, positions) if positions and positions > 0 else max_length
+
+
+def _label_index(path, id2label: dict[int, str], label) -> int:
+    known = ", ".join(f"{i}: {id2label[i]}" for i in sorted(id2label))
+    if label is None:
+        if len(id2label) > 1:
+            raise UserError(f"reward model {path!r} has several labels; name the one that counts ({known})")
+        return next(iter(id2label))
+    for index, name in id2label.items():
+        if label == name or (not isinstance(label, bool) and str(label) == str(index)):
+            return index
+    raise UserError(f"reward model {path!r} has no label {label!r}; it has {known}")
+
+
+# --- Tokens -------------------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer, texts, *, max_length: int | None = 512, add_eos: bool | None = None) -> list[list[int]]:
+    """Token ids as a classifier reads them, in training and in scoring alike.
+
+    Each text (a string, or messages rendered with the tokenizer's chat template) gets the tokenizer's own special
+    tokens; one longer than `max_length` loses its beginning. As TRL's `RewardTrainer` does, plain text gets an end
+    token, and text from a chat template gets none: `add_eos` None. What the tokenizer closes itself ([SEP]) gets none
+    either.
+    """
+    if add_eos is None:
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        closes_itself = tokenizer("a")["input_ids"][-1:] != plain[-1:]
+        eos_for_plain, eos_for_chat = tokenizer.eos_token_id is not None and not closes_itself, False
+    else:
+        eos_for_plain = eos_for_chat = add_eos
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+    try:
+        return [
+            _encode(tokenizer, text, max_length, eos_for_chat if _takes_template(tokenizer, text) else eos_for_plain)
+            for text in texts
+        ]
+    finally:
+        tokenizer.truncation_side = side
+
+
+def _takes_template(tokenizer, text) -> bool:
+    return not isinstance(text, str) and tokenizer.chat_template is not None
+
+
+def _encode(tokenizer, text, max_length, add_eos) -> list[int]:
+    from_template = _takes_template(tokenizer, text)
+    text = tokenizer.apply_chat_template(text, tokenize=False) if from_template else as_text(text)
+    limit = min(tokenizer.model_max_length, max_length or 1_000_000)  # fast tokenizers take no infinity
+    ids = tokenizer(
+        text,
+        add_special_tokens=not from_template,  # the template writes them itself
+        truncation=True,
+        max_length=limit - add_eos,
+    )["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [*ids, eos] if add_eos and ids[-1:] != [eos] else ids
+
+
+# --- Loading ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _whole_on_every_rank():
+    """Under ZeRO-3 `from_pretrained` gives each rank a share of the weights, which only DeepSpeed's engine can run."""
+    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
+
+
+@_whole_on_every_rank()
+def load_classifier(path: str, dtype):
+    """The classifier at `path` and its tokenizer. A head that was never trained is an error, not a random score."""
+    if find_adapter_config_file(path) is not None:
+        return _load_adapter(path, dtype)
+    return _load_with_head(path, dtype), AutoTokenizer.from_pretrained(path)
+
+
+def _load_with_head(path, dtype):
+    model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"{path!r} is not a trained classifier: it has no {missing}")
+    return model
+
+
+def _load_adapter(path, dtype):
+    # Imported here, since it takes seconds and most reward models are whole.
+    from peft import AutoPeftModelForSequenceClassification, PeftConfig
+    from peft.utils import load_peft_weights
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    heads = [weight for name, weight in load_peft_weights(path, device="cpu").items() if name.endswith(HEADS)]
+    if heads:  # how many labels there are is written nowhere else
+        kwargs = {"num_labels": heads[-1].shape[0]}
+    else:
+        _load_with_head(base, dtype)
+        kwargs = {}
+    model = AutoPeftModelForSequenceClassification.from_pretrained(path, dtype=dtype, **kwargs)
+    has_tokenizer = not Path(path).exists() or (Path(path) / "tokenizer_config.json").exists()
+    return model, AutoTokenizer.from_pretrained(path if has_tokenizer else base)

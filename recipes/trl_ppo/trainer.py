@@ -1,0 +1,348 @@
+"""PPO for language models: TRL's `GRPOTrainer` with the critic put back.
+
+`PPOTrainer` overrides the few hooks of its parent in which PPO differs; the rest is TRL's and transformers'. The hooks
+are private, so `trl` is pinned exactly. The settings are in `config.py`, the formulas in `formulas.py`.
+
+Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded). A `mask` of shape (B, C) is 1
+on the tokens that count: the completion's own, its end token included.
+
+Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020 (2009.01325),
+Huang et al. 2024 (2403.17031).
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from transformers import GenerationConfig, ProgressCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from . import formulas
+from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean
+from .config import PPOConfig, check_arguments
+from .critic import attach_critic, checkpoint_to_resume, load_critic, save_critic, split_group
+from .inputs import UserError, check_lengths
+from .logprobs import TokenLogprobs, add_logprobs_forward, cpu_folder, pad_batch, split_rollout, take_rows
+from .reward_model import with_finite_scores
+
+
+class PPOTrainer(GRPOTrainer):
+    """Actor-critic PPO on TRL's `GRPOTrainer`, whose arguments it takes.
+
+    `reward_funcs` are plain functions with TRL's signature, `f(prompts, completions, **columns) -> list[float]`; wrap
+    a sequence classifier in `RewardModel`. The critic is a value head on the policy's trunk, or a model of its own
+    from `args.value_model_path`; it is saved as `critic.safetensors` next to the policy, which loads without it.
+
+    Raises `UserError`, a `ValueError`, before any model loads, if the dataset is less than one rollout, a reward is no
+    function, or an argument is given that PPO cannot honour.
+    """
+
+    _name = "PPO"
+    _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+
+    def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
+        check_arguments(args, train_dataset, kwargs)
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        super().__init__(model, [with_finite_scores(f) for f in reward_funcs], args, train_dataset, **kwargs)
+        end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
+        self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
+        add_logprobs_forward(self.policy, self.temperature)
+        if self.ref_model is not None:
+            add_logprobs_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
+        attach_critic(self.policy, args, self.accelerator.device)
+        for callback in (OrderByPass, LogBeforeSave, NameBaseInCard):
+            self.add_callback(callback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RolloutProgress)
+        self.kl_coef = args.kl_coef
+        self.score_sums = [0.0, 0.0, 0.0]  # of 1, score and score², for score_norm
+        self._rollout, self._mini_batch_kl, self._skip_epochs = None, 0.0, False  # two for stop_epochs_at_kl
+        if (cpu := cpu_folder(self.accelerator.device)) is not None:
+            cpu.speed_up(self)
+
+    @property
+    def policy(self):
+        """The causal LM itself, out of DDP's, FSDP's or PEFT's wrapper."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    @property
+    def _mode(self):
+        return "train" if self.model.training else "eval"
+
+    # -- Rollout ---------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        """One rollout: samples completions and works out all that the updates need of them."""
+        prompts = [example["prompt"] for example in inputs]
+        started = time.perf_counter()
+
+        # 1. Sample a completion for each prompt.
+        batch, completions, completion_ids = self._sample(prompts)
+        mask = batch["completion_mask"]
+        ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids], device=mask.device)
+        sampled = time.perf_counter()
+
+        # 2. Log-probabilities and values under the policy, log-probabilities under the reference.
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            policy, reference = self.policy_logprobs(batch), self._ref_logprobs(batch)
+
+        # 3. Scores: what the reward functions say, then the missing-EOS rule, normalisation and clipping.
+        raw_scores = self._weighted_scores(inputs, prompts, completions, completion_ids)
+        scores = self._shape_scores(raw_scores, ended)
+
+        # 4. Rewards: the price of KL on every token, and the score on the last one.
+        kl = formulas.kl_estimate(policy.logprobs, reference.logprobs, self.args.kl_estimator) * mask
+        rewards = objective = formulas.token_rewards(scores, kl, mask, self.kl_coef)
+        if self.args.whiten_rewards:
+            rewards = formulas.whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_ranks)
+
+        # 5. Advantages and returns.
+        advantages, returns = formulas.gae(rewards, policy.state_values, mask, self.args.gamma, self.args.lam)
+        self._rollout_times = started, (scored := time.perf_counter())
+
+        self._track("objective/kl", kl.sum(1))
+        self._track("objective/entropy", -policy.logprobs.sum(1))
+        self._track("objective/scores", raw_scores)
+        self._track("objective/non_score_reward", -self.kl_coef * kl.sum(1))
+        self._track("objective/rlhf_reward", objective.sum(1))
+        self._track("objective/missing_eos", (~ended).float())
+        self._track("objective/kl_coef", self.kl_coef)
+        self._track("val/explained_variance", formulas.explained_variance(policy.state_values, returns, mask))
+        self._track("time/generate", sampled - started)
+        self._track("time/score", scored - sampled)
+        if self._mode == "train" and self.args.kl_target is not None:
+            self._adapt_kl_coef(kl.sum(1))
+        advantages = formulas.whiten(advantages, mask, reduce=self._sum_over_ranks)
+        if self.log_completions:
+            self._keep_for_table(prompts, completions, advantages.sum(1) / mask.sum(1))
+        return {
+            **batch,
+            "old_logprobs": policy.logprobs,
+            "old_values": policy.state_values,
+            "advantages": advantages,
+            "returns": returns,
+        }
+
+    def _sample(self, prompts):
+        """`(batch, completions, completion_ids)`: padded tensors on this device; texts or messages; lists of ids."""
+        prompt_ids, completion_ids, tool_mask, completions, *_ = self._generate(prompts)
+        if tool_mask is not None:
+            raise UserError("rollout_func: returned env_mask, but tokens of an environment are not supported here")
+        batch = pad_batch(prompt_ids, completion_ids, self._tokenizer.pad_token_id)
+        return {name: t.to(self.accelerator.device) for name, t in batch.items()}, completions, completion_ids
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        """Sample from the trainer's settings alone: `generate` fills what they leave open from the model's own."""
+        policy = self.policy
+        check_lengths(prompt_ids, self.max_completion_length, policy.config)
+        saved, policy.generation_config = policy.generation_config, GenerationConfig()
+        try:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        finally:
+            policy.generation_config = saved
+
+    def policy_logprobs(self, batch):
+        """`TokenLogprobs` of a rollout under the policy that sampled it."""
+        return self.logprobs(self.model, batch)
+
+    def _ref_logprobs(self, batch):
+        """The reference is a frozen copy or, with PEFT, the policy with its adapter off (or as it was loaded)."""
+        if self.ref_model is not None:
+            return self.logprobs(self.ref_model, batch)
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return self.logprobs(self.model, batch)
+
+    def logprobs(self, model, batch):
+        """`TokenLogprobs` of a whole rollout, in micro-batches of like length."""
+        shape = batch["completion_mask"].shape
+        total = {}
+        for rows in batch["attention_mask"].sum(1).argsort().split(self.args.per_device_train_batch_size):
+            for name, tensor in self._forward(model, take_rows(batch, rows)).items():
+                total.setdefault(name, tensor.new_zeros(shape))[rows, : tensor.size(1)] = tensor
+        return TokenLogprobs(**total)
+
+    def _forward(self, model, batch):
+        """`TokenLogprobs` of a micro-batch, through the wrapped model: DDP and FSDP see only such calls."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "states") if name in batch}
+        with self.accelerator.autocast():
+            tokens = model(num_completion_tokens=batch["completion_mask"].size(1), **inputs)
+        return TokenLogprobs(**{name: tensor.float() for name, tensor in tokens.items()})
+
+    # -- Scores ----------------------------------------------------------------------------------------------
+
+    def _weighted_scores(self, inputs, prompts, completions, completion_ids):
+        """Σ_k w_k·r_k for this rank's completions (B,); a reward function that says None has no say in a sample."""
+        per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)  # over all ranks (N, K)
+        for name, column in zip(self.reward_func_names, per_func.T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+        start = self.accelerator.process_index * len(prompts)
+        per_func = per_func[start : start + len(prompts)]
+        for name, column in zip(self.reward_func_names, per_func.T, strict=True):
+            self._track(f"rewards/{name}", column.nan_to_num(), (~column.isnan()).float())
+        silent = per_func.isnan().all(1).nonzero()
+        if len(silent):
+            raise UserError(f"reward_funcs: every one returned None for sample {silent[0].item()} of the rollout")
+        return (per_func * self.reward_weights.to(per_func.device)).nansum(1)
+
+    def _shape_scores(self, scores, ended):
+        """The missing-EOS rule, then normalisation by the running moments, then clipping; (B,) → (B,)."""
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~ended
+        if self.args.score_norm:
+            if self._mode == "train":
+                sums = self._sum_over_ranks(torch.stack([torch.ones_like(scores), scores, scores**2]).double().sum(1))
+                self.score_sums = [a + b for a, b in zip(self.score_sums, sums.tolist(), strict=True)]
+            scores = formulas.normalise(scores, *self.score_sums)
+        if self.args.score_clip is not None:
+            scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
+        return scores
+
+    def _adapt_kl_coef(self, sequence_kl):
+        total, n = self._sum_over_ranks(torch.stack([sequence_kl.sum(), torch.ones_like(sequence_kl).sum()])).tolist()
+        self.kl_coef = formulas.next_kl_coef(self.kl_coef, total / n, self.args.kl_target, self.args.kl_horizon, n)
+
+    # -- Update ----------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        """The next micro-batch: a new rollout every `num_iterations` epochs, new mini-batches every epoch."""
+        if self._mode == "eval":
+            return self._generate_and_score_completions(generation_batch)
+        if self._rollout is None or self._is_first_micro_batch:
+            self._rollout, self._skip_epochs = self._generate_and_score_completions(generation_batch), False
+        micro_batch = self._step % self.args.steps_per_generation
+        if self._buffered_inputs is None or micro_batch == 0:
+            self._buffered_inputs = split_rollout(
+                self._rollout, self.args.num_mini_batches, self.args.per_device_train_batch_size, self._sum_over_ranks
+            )
+        return self._buffered_inputs[micro_batch]
+
+    @property
+    def _is_first_micro_batch(self):
+        """Whether the next micro-batch is the first one of a rollout."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    def _compute_loss(self, model, inputs):
+        """Clipped policy loss + `vf_coef` × clipped value loss, means over the mini-batch's tokens on all ranks."""
+        mask, advantages = inputs["completion_mask"], inputs["advantages"]
+        new = self._forward(model, inputs)
+        policy_loss, policy_clipped = formulas.clipped_policy_loss(
+            new.logprobs, inputs["old_logprobs"], advantages, self.epsilon_low, self.epsilon_high
+        )
+        value_loss, value_clipped = formulas.clipped_value_loss(
+            new.state_values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        )
+        # DDP averages gradients over ranks, hence its factor; micro-batches and ranks then add up to the mini-batch.
+        share = self.accelerator.num_processes / inputs["num_tokens"]
+        loss = ((policy_loss + self.args.vf_coef * value_loss) * mask).sum() * share
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; no step was taken")
+        with torch.no_grad():
+            log_ratio = new.logprobs - inputs["old_logprobs"]
+            if self.args.stop_epochs_at_kl is not None:
+                self._mini_batch_kl += (0.5 * log_ratio**2 * mask).sum() / inputs["num_tokens"]
+            self._track("policy/approxkl_avg", 0.5 * log_ratio**2, mask)
+            self._track("policy/clipfrac_avg", policy_clipped, mask)
+            self._track("policy/entropy_avg", new.entropy, mask)
+            self._track("loss/policy_avg", policy_loss, mask)
+            self._track("loss/value_avg", value_loss, mask)
+            self._track("val/clipfrac_avg", value_clipped, mask)
+            self._track("val/ratio", log_ratio.exp(), mask)
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch; nothing once this rollout's updates have moved the policy past `stop_epochs_at_kl`."""
+        if self._skip_epochs and not self._is_first_micro_batch:
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.stop_epochs_at_kl is not None and self.accelerator.sync_gradients:
+            moved = self._sum_over_ranks(self._mini_batch_kl).item()
+            self._mini_batch_kl, self._skip_epochs = 0.0, moved > self.args.stop_epochs_at_kl
+            if self._skip_epochs:  # without gradients AdamW leaves a parameter as it is
+                model.zero_grad(set_to_none=True)
+        if self._is_first_micro_batch:  # of the next rollout: this one is done
+            (started, scored), now = self._rollout_times, time.perf_counter()
+            self._track("time/update", now - scored)
+            self._track("time/samples_per_second", self.args.generation_batch_size / (now - started))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer's gradient norm; stops before the step if it is not finite (fp16's loss scaler skips such a step)."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm} at step {self.state.global_step}; no step was taken"
+            )
+        return grad_norm
+
+    def create_optimizer(self, model=None):
+        """Trainer's optimiser, with the critic's own weights in a group of their own if they have a learning rate."""
+        optimizer = super().create_optimizer(model)
+        if self.args.value_learning_rate is not None:
+            split_group(optimizer, self.policy.critic.parameters(), self.args.value_learning_rate)
+        return optimizer
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluation samples and scores held-out prompts; there is no loss to report."""
+        self._prepare_inputs(inputs)
+        return None, None, None
+
+    # -- Metrics ---------------------------------------------------------------------------------------------
+
+    def _sum_over_ranks(self, tensor):
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _track(self, name, values, mask=None):
+        """Add to the mean of a metric over what counts; the parent's `log` reads it, once for all ranks."""
+        values = torch.as_tensor(values, dtype=torch.float, device=self.accelerator.device).reshape(-1)
+        mask = torch.ones_like(values) if mask is None else mask.reshape(-1)
+        if self._mode == "eval":  # without the samples that only fill up the last batch
+            values, mask = self.accelerator.gather_for_metrics((values, mask))
+        self._metrics[self._mode].setdefault(name, RunningMean(self._sum_over_ranks)).add(values, mask)
+
+    def _keep_for_table(self, prompts, completions, mean_advantages):
+        """What the parent's `log` shows as a table, in the terminal and in W&B, next to the scores."""
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        self._logs["advantages"].extend(self.accelerator.gather(mean_advantages).tolist())
+
+    # -- Checkpoints -----------------------------------------------------------------------------------------
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The policy without its critic, the critic, and what else a rollout depends on."""
+        folder = Path(output_dir or self.args.output_dir)
+        super()._save(str(folder), state_dict)
+        if self.args.should_save:
+            save_critic(self.policy.critic, folder, state_dict)
+            (folder / "ppo_state.json").write_text(json.dumps({"kl_coef": self.kl_coef, "score_sums": self.score_sums}))
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trainer's `train`; `True` (or "true") resumes from the last whole checkpoint, or starts if there is none."""
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint:
+            self._load_critic_and_state(checkpoint)
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one step more
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_critic_and_state(self.state.best_model_checkpoint)
+
+    def _load_critic_and_state(self, folder):
+        self.__dict__.update(json.loads((Path(folder) / "ppo_state.json").read_text()))
+        if not self.is_deepspeed_enabled:  # whose engine loads the critic with the policy
+            load_critic(self.policy.critic, folder)
