@@ -53,8 +53,9 @@ from eval.scores import Reward, RewardSpec, load_rewards, parse_rewards, score
 from eval.targets import Target, check_output, find_targets
 from eval.training import read_curves
 from recipe_args import OneLineParser, check_model
+from trl_ppo import cpu_folder
 from trl_ppo.inputs import UserError
-from trl_ppo.logprobs import add_logprobs_forward, cpu_folder
+from trl_ppo.logprobs import add_logprobs_forward
 
 
 @dataclass

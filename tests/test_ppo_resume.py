@@ -84,12 +84,13 @@ def test_row_18_a_run_that_was_broken_off_and_resumed_ends_bit_identical(
     assert_same_end(resumed, whole)
 
 
-def test_resuming_a_run_that_had_finished_takes_no_further_step(gpt2_path, tmp_path):
-    whole = job(gpt2_path, tmp_path, max_steps=8)
+@pytest.mark.parametrize("max_steps", [4, 8])  # within a pass over the prompts, and at its end
+def test_resuming_a_run_that_had_finished_takes_no_further_step(gpt2_path, tmp_path, max_steps):
+    whole = job(gpt2_path, tmp_path, max_steps=max_steps)
     whole.train()
-    resumed = job(gpt2_path, tmp_path, max_steps=8)
+    resumed = job(gpt2_path, tmp_path, max_steps=max_steps)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 8
+    assert resumed.state.global_step == max_steps
     ends = resumed.policy.state_dict(), whole.policy.state_dict()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
     assert resumed.kl_coef == whole.kl_coef

@@ -722,9 +722,17 @@ def test_row_30_a_separate_critic_starts_from_a_sequence_classifier(gpt2_path, c
         assert rollout["old_values"][0, t].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_row_30_a_critic_that_cannot_read_the_policys_tokens_is_refused(gpt2_path, bert_path, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="not a causal sequence classifier with one label"):
-        make_trainer(gpt2_path, tmp_path, value_model_path=bert_path)
+def test_row_30_a_critic_that_cannot_read_the_policys_tokens_is_refused(gpt2_path, llama_path, bert_path, tmp_path):
+    several = tmp_path / "several"
+    AutoModelForSequenceClassification.from_pretrained(gpt2_path, num_labels=2).save_pretrained(several)
+    for path in (bert_path, several):
+        with pytest.raises(ValueError, match="not a causal sequence classifier with one label"):
+            make_trainer(gpt2_path, tmp_path, value_model_path=str(path))
+    other = AutoModelForSequenceClassification.from_pretrained(llama_path, num_labels=1)
+    other.resize_token_embeddings(500)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has a vocabulary of 500 tokens, the policy one of \d+; .* tokenizer"):
+        make_trainer(gpt2_path, tmp_path, value_model_path=str(tmp_path / "other"))
 
 
 def test_values_are_clipped_at_the_range_of_the_config(gpt2_path, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
+import trl_ppo
 from conftest import ROOT
 from test_ppo_trainer import make_trainer, roll_out
 from trl_ppo import PPOTrainer, logprobs
@@ -127,6 +128,14 @@ def test_what_is_shared_imports_without_torch():
     """Data preparation and --help need not wait for it."""
     code = "import sys, trl_ppo, trl_ppo.inputs, recipe_args, rewards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=RECIPES).returncode == 0
+
+
+def test_trl_ppo_gives_the_trainer_and_every_formula_by_name():
+    defined = {name for name, value in vars(trl_ppo.formulas).items() if inspect.isfunction(value)}
+    assert set(trl_ppo.__all__) == defined | {"PPOTrainer", "PPOConfig", "RewardModel"}
+    assert all(callable(getattr(trl_ppo, name)) for name in trl_ppo.__all__)
+    with pytest.raises(ImportError):
+        exec("from trl_ppo import no_such_name")
 
 
 # --- trl_ppo by itself ----------------------------------------------------------------------------------------------

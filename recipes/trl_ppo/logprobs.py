@@ -5,10 +5,8 @@ padding, H is the hidden size.
 """
 
 import functools
-import importlib
 import types
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers.utils import ModelOutput
@@ -48,12 +46,6 @@ def add_logprobs_forward(model, temperature=1.0):
 
     model.forward = types.MethodType(forward, model)
     return model
-
-
-def cpu_folder(device):
-    """The module `trl_ppo.cpu` where a model is on a CPU; None on a GPU, or where that folder was deleted."""
-    there = (Path(__file__).parent / "cpu" / "__init__.py").is_file()
-    return importlib.import_module(".cpu", __package__) if there and device.type == "cpu" else None
 
 
 class CompletionTokens:

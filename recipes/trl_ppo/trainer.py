@@ -24,12 +24,12 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from . import formulas
+from . import cpu_folder, formulas
 from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, checkpoint_to_resume, load_critic, save_critic, split_group
 from .inputs import UserError, check_lengths
-from .logprobs import TokenLogprobs, add_logprobs_forward, cpu_folder, pad_batch, split_rollout, take_rows
+from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
 
 
