@@ -10,6 +10,7 @@ import pandas
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -681,6 +682,19 @@ def test_row_19_the_critic_is_saved_and_restored_and_the_policy_loads_without_it
         assert torch.equal(tensor, trained[name]), name
     assert fresh.kl_coef == 0.123
     assert (tmp_path / "checkpoint-2" / "critic.safetensors").exists()
+
+
+@pytest.mark.parametrize("own_critic", [False, True])
+def test_what_an_engine_gathered_is_saved_as_policy_and_critic(gpt2_path, classifier_path, tmp_path, own_critic):
+    """DeepSpeed and FSDP hand over all weights at once, the critic's among them."""
+    trainer = make_trainer(gpt2_path, tmp_path, value_model_path=classifier_path if own_critic else None)
+    trainer._save(str(tmp_path / "plain"))
+    trainer._save(str(tmp_path / "gathered"), state_dict=dict(trainer.policy.state_dict()))
+    for name in ("model.safetensors", "critic.safetensors"):
+        plain, gathered = (load_file(tmp_path / folder / name) for folder in ("plain", "gathered"))
+        assert plain.keys() == gathered.keys()
+        assert len(plain) > 1
+        assert all(torch.equal(plain[key], gathered[key]) for key in plain)
 
 
 def test_row_30_the_critic_is_a_head_on_the_policys_trunk_by_default(gpt2_path, tmp_path):

@@ -273,13 +273,6 @@ def test_training_data_encoded_in_advance_is_what_the_reward_model_reads(reward_
     assert tokenizer.truncation_side == side
 
 
-def test_without_a_max_length_nothing_is_cut(llama_reward):
-    tokenizer = AutoTokenizer.from_pretrained(llama_reward)
-    long = " ".join(SENTENCES * 9)
-    (ids,) = encode(tokenizer, [long], max_length=None)
-    assert tokenizer.decode(ids, skip_special_tokens=True) == long
-
-
 # --- Plain functions ----------------------------------------------------------------------------------------------
 
 

@@ -85,11 +85,15 @@ def split_group(optimizer, parameters, learning_rate):
 # --- Checkpoints --------------------------------------------------------------------------------------------------
 
 
-def save_critic(critic, folder, state_dict=None):
-    """Write `critic.safetensors`; `state_dict` is the whole model's where an engine (FSDP, DeepSpeed) gathered it."""
-    weights = critic.state_dict()
-    if state_dict is not None:
-        weights = {name.rpartition("critic.")[2]: w for name, w in state_dict.items() if "critic." in name}
+def critic_weights(critic, state_dict=None):
+    """The critic's weights by name, out of the whole model's `state_dict` where an engine has gathered one."""
+    if state_dict is None:
+        return critic.state_dict()
+    return {name.rpartition("critic.")[2]: weight for name, weight in state_dict.items() if "critic." in name}
+
+
+def save_critic(weights, folder):
+    """Write `critic.safetensors`."""
     save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, Path(folder) / CRITIC)
 
 

@@ -153,7 +153,7 @@ def _label_index(path, id2label: dict[int, str], label) -> int:
 # --- Tokens -------------------------------------------------------------------------------------------------------
 
 
-def encode(tokenizer, texts, *, max_length: int | None = 512, add_eos: bool | None = None) -> list[list[int]]:
+def encode(tokenizer, texts, *, max_length: int = 512, add_eos: bool | None = None) -> list[list[int]]:
     """Token ids as a classifier reads them, in training and in scoring alike.
 
     Each text (a string, or messages rendered with the tokenizer's chat template) gets the tokenizer's own special
@@ -184,12 +184,11 @@ def _takes_template(tokenizer, text) -> bool:
 def _encode(tokenizer, text, max_length, add_eos) -> list[int]:
     from_template = _takes_template(tokenizer, text)
     text = tokenizer.apply_chat_template(text, tokenize=False) if from_template else as_text(text)
-    limit = min(tokenizer.model_max_length, max_length or 1_000_000)  # fast tokenizers take no infinity
     ids = tokenizer(
         text,
         add_special_tokens=not from_template,  # the template writes them itself
         truncation=True,
-        max_length=limit - add_eos,
+        max_length=min(tokenizer.model_max_length, max_length) - add_eos,
     )["input_ids"]
     eos = tokenizer.eos_token_id
     return [*ids, eos] if add_eos and ids[-1:] != [eos] else ids

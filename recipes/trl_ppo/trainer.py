@@ -27,7 +27,7 @@ from trl.trainer.utils import use_adapter
 from . import cpu_folder, formulas
 from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean
 from .config import PPOConfig, check_arguments
-from .critic import attach_critic, checkpoint_to_resume, load_critic, save_critic, split_group
+from .critic import attach_critic, checkpoint_to_resume, critic_weights, load_critic, save_critic, split_group
 from .inputs import UserError, check_lengths
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
@@ -321,9 +321,10 @@ class PPOTrainer(GRPOTrainer):
     def _save(self, output_dir=None, state_dict=None):
         """The policy without its critic, the critic, and what else a rollout depends on."""
         folder = Path(output_dir or self.args.output_dir)
+        weights = critic_weights(self.policy.critic, state_dict)  # first: transformers takes them out of `state_dict`
         super()._save(str(folder), state_dict)
         if self.args.should_save:
-            save_critic(self.policy.critic, folder, state_dict)
+            save_critic(weights, folder)
             (folder / "ppo_state.json").write_text(json.dumps({"kl_coef": self.kl_coef, "score_sums": self.score_sums}))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
