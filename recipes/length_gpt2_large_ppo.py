@@ -4,8 +4,8 @@
     accelerate launch recipes/length_gpt2_large_ppo.py
     accelerate launch recipes/length_gpt2_large_ppo.py --config scratch
 
-The score of an answer is minus the number of its words. Add `reward_model` to the YAML's `rewards`, and answers get
-short but stay answers. Watch `completions/mean_length` fall while `objective/kl` stays bounded, and
+The score of an answer falls with the number of its words. Add `reward_model` to the YAML's `rewards` to keep short
+answers useful. Watch `completions/mean_length` fall while `objective/kl` stays bounded, and
 `objective/missing_eos`: an answer that is cut off is not short. Writes `output_dir`: policy (or adapter), tokenizer and
 critic.
 """

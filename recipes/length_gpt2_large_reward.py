@@ -5,8 +5,8 @@
     accelerate launch recipes/length_gpt2_large_reward.py --config scratch
 
 The wiring is that of `qwen_summarize_reward.py`: pairs of (`prompt`, `chosen`, `rejected`), pairwise loss with TRL's
-RewardTrainer. `length_gpt2_large_ppo.py` mixes its score with the price of a word, so that answers get short but stay
-answers. Writes `output_dir`: a sequence classifier with one label, its tokenizer, `reward_report.json` and
+RewardTrainer. `length_gpt2_large_ppo.py` can add its score to the length penalty, to keep short answers
+useful. Writes `output_dir`: a sequence classifier with one label, its tokenizer, `reward_report.json` and
 `reward_report.svg`.
 """
 

@@ -1,8 +1,8 @@
-"""Pairs of texts of which one is preferred: loading, tokenizing, and what a reward model makes of them.
+"""Preference pairs: loading, tokenizing, and evaluating a reward model on them.
 
 A pair is `chosen` over `rejected`, each a text or a list of messages, with or without a `prompt` that both follow. The
 margin of a pair is score(chosen) − score(rejected). Under the Bradley–Terry model, by which reward models are trained,
-a margin m says that the chosen text is preferred with chance σ(m).
+a margin m means that the chosen text wins with probability σ(m).
 """
 
 import json
@@ -95,7 +95,7 @@ def calibration(margins):
 
 
 def report(reward_model, folder, **pairs_of):
-    """Print and write what the saved model makes of sets of whole pairs, `report(model, folder, train=…, test=…)`.
+    """Print and write how well the saved model orders sets of whole pairs, `report(model, folder, train=…, test=…)`.
 
     Writes `reward_report.json` (accuracy, mean margin, calibration) and `reward_report.svg` (margins and calibration of
     the last set) into `folder`, and returns the former.

@@ -4,7 +4,7 @@
     accelerate launch recipes/qwen_summarize_ppo.py --config qlora
 
 Policy, reference and value head share one base model; a summary without an end token costs `missing_eos_penalty`. The
-YAML's `rewards` gives each reward its weight: the reward model's score, words, repeated trigrams. Watch
+YAML's `rewards` gives each reward its weight; the penalties of words and of repeated trigrams have 0. Watch
 `objective/scores` rise while `objective/kl` stays bounded. Writes `output_dir`: adapter, tokenizer and critic;
 `python -m eval.predict --model runs/qwen_summarize_ppo --title "…" --post "…"` prints a summary.
 """

@@ -1,10 +1,10 @@
-"""YAML and command line → dataclasses, and every mistake in them as one line that says what to do.
+"""YAML and command line → dataclasses, with one-line error messages that say how to fix them.
 
     script_args, training_args = parse(__file__, ScriptArguments, PPOConfig)
 
 reads the YAML next to the script (`recipes/x.yaml` for `recipes/x.py`), or the one that `--config` names instead: a
-path, or the name of a variant in `recipes/variants/x/`. `--key value` wins over either. A YAML key is a field of one of
-the dataclasses, and its value fits the field's type.
+path, or the name of a variant in `recipes/variants/x/`. `--key value` wins over either. Each YAML key must
+be a field of one of the dataclasses, and its value must have the field's type.
 """
 
 import argparse

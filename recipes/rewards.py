@@ -1,11 +1,12 @@
 """Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`, one number each.
 
-Prompts and completions are strings, or lists of `{"role", "content"}` messages. A YAML gives each a weight by its name,
-and a function of your own by its file and name, `rewards: {my_rewards.py:no_shouting: 0.5}`.
+Prompts and completions are strings, or lists of `{"role", "content"}` messages. A YAML maps each function's name to a
+weight; a function of your own is named by file and function: `rewards: {my_rewards.py:no_shouting: 0.5}`.
 """
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
@@ -40,12 +41,16 @@ def find_function(key: str, name: str):
     Raises UserError, which names `key`, if there is none.
     """
     place, colon, function_name = name.rpartition(":")
-    here = {"word_count": word_count, "length_penalty": length_penalty, "repetition_penalty": repetition_penalty}
     if not colon:
+        here = {
+            name: function
+            for name, function in globals().items()
+            if inspect.isfunction(function) and "completions" in inspect.signature(function).parameters
+        }
         if name in here:
             return here[name]
         raise UserError(
-            f"{key}: {name!r} is no reward; give {', '.join(here)}, or a function of your own as file.py:function"
+            f"{key}: {name!r} is not a reward; give {', '.join(here)}, or a function of your own as file.py:function"
         )
     try:
         function = getattr(

@@ -4,7 +4,7 @@
     accelerate launch recipes/sentiment_gpt2_ppo.py --config tiny
 
 The model is given the first few tokens of a review and continues it; the score is the classifier's logit. `rewards` in
-the YAML gives each reward its weight. A function of your own needs no more than an entry there:
+the YAML gives each reward its weight. To add a function of your own, add one entry there:
 
     rewards: {reward_model: 1.0, my_rewards.py:no_shouting: 0.5}
 

@@ -4,9 +4,9 @@
     accelerate launch recipes/sentiment_gpt2_reward.py --config tiny
 
 The dataset holds pairs (`chosen`, `rejected`), or labelled reviews (`text`, `label`) that are paired here: one of label
-`preferred_label` over one of the other. The share of pairs that the model orders as the data does is printed at the
-end. Writes `output_dir`: a sequence classifier, its tokenizer, `reward_report.json` and `reward_report.svg`.
-`sentiment_gpt2_classifier.py` fits the labels instead.
+`preferred_label` over one of the other. Pairwise accuracy is printed at the end. Writes `output_dir`: a sequence
+classifier, its tokenizer, `reward_report.json` and `reward_report.svg`. `sentiment_gpt2_classifier.py` fits the labels
+instead.
 """
 
 from dataclasses import dataclass, field

@@ -181,7 +181,7 @@ MUTANTS = [
            'return "global_step" in state and any(Path(checkpoint).glob("rng_state*.pth"))',
            'return "global_step" in state', RESUME),
     Mutant("a named checkpoint that is not whole is resumed from",
-           "if given and not is_whole(given):", "if False:", RESUME),
+           "if given and not is_complete(given):", "if False:", RESUME),
     # Log-probabilities, sampling and rewards
     Mutant("left padding shifts the position ids",
            "flush_left(attention_mask, input_ids)", "(attention_mask, input_ids)", LOGPROBS),

@@ -196,7 +196,7 @@ def test_growth_is_written_as_numbers_and_as_a_figure(tmp_path, measured, monkey
     assert (tmp_path / "smoke-growth.svg").read_text().count("<svg") == 1
 
 
-def test_repeats_end_where_the_next_would_be_late_and_the_first_is_whole(tmp_path, measured, monkeypatch):
+def test_repeats_end_where_the_next_would_be_late_and_the_first_is_complete(tmp_path, measured, monkeypatch):
     result, clock = measured("sentiment", "ours"), [0.0]
 
     def run(*args):

@@ -63,7 +63,7 @@ def tokens(tokenizer, text: str) -> int:
     return len(tokenizer(text).input_ids)
 
 
-def test_a_prompt_that_fits_exactly_is_whole(tokenizer):
+def test_a_prompt_that_fits_exactly_is_complete(tokenizer):
     whole = summarize.format_post("cats", "t", "one\ntwo")
     room = tokens(tokenizer, whole)
     assert summarize.cut_post("cats", "t", "one\ntwo", tokenizer, room) == whole

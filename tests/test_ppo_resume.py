@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from test_ppo_trainer import make_trainer, prompts
 from trl_ppo import PPOConfig
-from trl_ppo.critic import is_whole, last_checkpoint
+from trl_ppo.critic import is_complete, last_checkpoint
 
 TIMINGS = ("time/", "step_time", "runtime", "samples_per_second", "steps_per_second", "total_flos")
 
@@ -111,8 +111,8 @@ def test_a_half_written_checkpoint_is_never_picked_up(gpt2_path, tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-12").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert not is_whole(tmp_path / "checkpoint-8")
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-8' is not a whole checkpoint"):
+    assert not is_complete(tmp_path / "checkpoint-8")
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-8' is not a complete checkpoint"):
         job(gpt2_path, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_without_its_random_state_is_passed_over(gpt2_path, tmp_pat
     job(gpt2_path, tmp_path, num_train_epochs=1).train()
     (state,) = (tmp_path / "checkpoint-8").glob("rng_state*.pth")
     state.unlink()
-    assert not is_whole(tmp_path / "checkpoint-8")
+    assert not is_complete(tmp_path / "checkpoint-8")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 

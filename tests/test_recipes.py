@@ -301,7 +301,7 @@ def test_a_reward_model_that_the_yaml_leaves_out_is_not_loaded(tmp_path):
     ("rewards", "said"),
     [
         ({}, "rewards: is empty"),
-        ({"length": 1.0}, "rewards: 'length' is no reward; give word_count, length_penalty"),
+        ({"length": 1.0}, "rewards: 'length' is not a reward; give word_count, length_penalty"),
         ({"reward_model": 1.0}, "rewards: reward_model has a weight, but reward_model: names no classifier"),
         ({"length_penalty": float("nan")}, "rewards: length_penalty: nan is not a finite number"),
         ({"gone.py:f": 1.0}, "rewards: cannot import gone.py:f: FileNotFoundError"),

@@ -32,7 +32,7 @@ OVERRIDES = {
     "create_optimizer": "a learning rate of the critic's own",
     "prediction_step": "an evaluation samples; it has no loss",
     "_save": "the critic next to the policy",
-    "train": "resumes from whole checkpoints only, with the critic and beta",
+    "train": "resumes from complete checkpoints only, with the critic and beta",
     "_load_best_model": "the critic of the best checkpoint",
 }
 

@@ -35,7 +35,7 @@ class ValueHead(nn.Linear):
 
 
 class ValueModel(nn.Module):
-    """A critic of its own, initialised from a causal sequence classifier with one label, usually the reward model.
+    """A separate critic, initialised from a causal sequence classifier with one label, usually the reward model.
 
     Raises `UserError` where the classifier is not causal (it would see the future), has several labels, or reads
     another vocabulary than the policy's.
@@ -102,7 +102,7 @@ def load_critic(critic, folder):
     critic.load_state_dict(load_file(Path(folder) / CRITIC))
 
 
-def is_whole(checkpoint):
+def is_complete(checkpoint):
     """Whether a checkpoint was written to its end, the trainer's state coming last; a finished run's folder is none."""
     try:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
@@ -112,15 +112,15 @@ def is_whole(checkpoint):
 
 
 def last_checkpoint(folder):
-    """The whole checkpoint of the most steps in `folder`, or None; half-written ones are passed over."""
-    whole = [path for path in Path(folder).glob("checkpoint-*") if is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    """The complete checkpoint of the most steps in `folder`, or None; half-written ones are passed over."""
+    complete = [path for path in Path(folder).glob("checkpoint-*") if is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def checkpoint_to_resume(given, output_dir):
-    """The folder to resume from, None for a fresh start; `True` (or "true") takes the last whole checkpoint, if any."""
+    """The folder to resume from, None for a fresh start; `True` (or "true") means the last complete one, if any."""
     if str(given).lower() == "true":
         return last_checkpoint(output_dir)
-    if given and not is_whole(given):
-        raise UserError(f"resume_from_checkpoint: '{given}' is not a whole checkpoint")
+    if given and not is_complete(given):
+        raise UserError(f"resume_from_checkpoint: '{given}' is not a complete checkpoint")
     return given or None

@@ -1,4 +1,4 @@
-"""What comes from outside: texts or messages, paths, the values of reward functions; and the error that names a fault.
+"""Handling of user input (texts or messages, paths, reward values), and the exception for invalid input.
 
 This module imports nothing slow, so data preparation and command lines share it.
 """

@@ -1,7 +1,7 @@
 """Log-probabilities and values of completions, from one forward pass; for training and evaluation alike.
 
-Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded); N of those B × C tokens are no
-padding, H is the hidden size.
+Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded); N of those B × C tokens are
+not padding, H is the hidden size.
 """
 
 import functools

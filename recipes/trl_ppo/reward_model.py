@@ -1,6 +1,6 @@
-"""`RewardModel`: a sequence classifier as a reward function, and the check that every reward function's values pass.
+"""`RewardModel`: a sequence classifier as a reward function; and validation of every reward function's values.
 
->>> reward = RewardModel("runs/sentiment_gpt2_reward", label="POSITIVE")
+>>> reward = RewardModel("runs/sentiment_gpt2_classifier", label="POSITIVE")
 >>> reward(["The film"], [" was a delight."])
 [3.1]
 """
@@ -224,7 +224,7 @@ def _load_with_head(path, dtype):
 
 
 def _load_adapter(path, dtype):
-    # Imported here, since it takes seconds and most reward models are whole.
+    # Imported here, since it takes seconds and most reward models have no adapter.
     from peft import AutoPeftModelForSequenceClassification, PeftConfig
     from peft.utils import load_peft_weights
 

@@ -328,7 +328,7 @@ class PPOTrainer(GRPOTrainer):
             (folder / "ppo_state.json").write_text(json.dumps({"kl_coef": self.kl_coef, "score_sums": self.score_sums}))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trainer's `train`; `True` (or "true") resumes from the last whole checkpoint, or starts if there is none."""
+        """Trainer's `train`; `True` (or "true") resumes from the last complete checkpoint, if there is one."""
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint:
             self._load_critic_and_state(checkpoint)
