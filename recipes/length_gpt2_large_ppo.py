@@ -4,54 +4,17 @@
     accelerate launch recipes/length_gpt2_large_ppo.py
     accelerate launch recipes/length_gpt2_large_ppo.py --config scratch
 
-The score of an answer falls with the number of its words. Add `reward_model` to the YAML's `rewards` to keep short
-answers useful. Watch `completions/mean_length` fall while `objective/kl` stays bounded, and
-`objective/missing_eos`: an answer that is cut off is not short. Writes `output_dir`: policy (or adapter), tokenizer and
-critic.
+The wiring is that of `qwen_summarize_ppo.py`. The score of an answer falls with the number of its words; add
+`reward_model` to the YAML's `rewards` to keep short answers useful. Watch `completions/mean_length` fall while
+`objective/kl` stays bounded, and `objective/missing_eos`: an answer that is cut off is not short. Writes `output_dir`:
+policy (or adapter), tokenizer and critic.
 """
 
-from transformers import AutoTokenizer
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig
 
-from recipe_args import PPOArguments, check_model, init_kwargs, load_prompts, merge_adapter, one_line_errors, parse
-from trl_ppo import PPOConfig, PPOTrainer
-
-
-def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
-    script_args.check(training_args, model_args)
-    path = model_args.model_name_or_path
-    check_model("model_name_or_path", path)
-
-    # 1. Prompts: instructions.
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    train = load_prompts(script_args, script_args.dataset_train_split, tokenizer, training_args.seed)
-    test = None
-    if training_args.eval_strategy != "no":
-        test_split, limit = script_args.dataset_test_split, script_args.test_prompts
-        test = load_prompts(script_args, test_split, tokenizer, training_args.seed, limit)
-
-    # 2. Policy, reference, critic and rewards.
-    training_args.model_init_kwargs = init_kwargs(training_args, model_args)
-    trainer = PPOTrainer(
-        model=path,
-        reward_funcs=script_args.load_rewards(training_args),
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
-
-    # 3. Train, and save.
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.accelerator.print(f"policy, tokenizer and critic: {training_args.output_dir}")
-    if script_args.merge_adapter and trainer.is_world_process_zero():
-        print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")
-    return trainer
-
+from qwen_summarize_ppo import main
+from recipe_args import PPOArguments, one_line_errors, parse
+from trl_ppo import PPOConfig
 
 if __name__ == "__main__":
     with one_line_errors():

@@ -21,7 +21,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     path = model_args.model_name_or_path
     check_model("model_name_or_path", path)
 
-    # 1. Prompts: posts.
+    # 1. Prompts: posts (or instructions).
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     train = load_prompts(script_args, script_args.dataset_train_split, tokenizer, training_args.seed)
     test = None

@@ -75,8 +75,12 @@ def parse(script: str, *dataclass_types, args: list[str] | None = None) -> tuple
 
 
 def _parse(script, dataclass_types, args):
-    config, args = _take_config(args)
-    path = _find_config(script, config)
+    chooser = _Parser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config", action="append", default=[])
+    chosen, args = chooser.parse_known_args(args)
+    if len(chosen.config) > 1:
+        raise UserError(f"--config: give one file, not {len(chosen.config)} ({', '.join(chosen.config)})")
+    path = _find_config(script, *chosen.config)
     shown = path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path
     usage = f"{script.name} [--config variant or file.yaml] [--key value …]"
     parser = _Parser(dataclass_types, allow_abbrev=False, usage=usage, description=f"Defaults: {shown}")
@@ -110,17 +114,7 @@ def _parse(script, dataclass_types, args):
     return tuple(outputs)
 
 
-def _take_config(args):
-    """The value of `--config value` or `--config=value` (None without), and the other arguments."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append")
-    namespace, rest = parser.parse_known_args(args)
-    if len(namespace.config or []) > 1:
-        raise UserError(f"--config: give one file, not {len(namespace.config)} ({', '.join(namespace.config)})")
-    return (namespace.config or [None])[0], rest
-
-
-def _find_config(script: Path, config: str | None) -> Path:
+def _find_config(script: Path, config: str | None = None) -> Path:
     """The YAML to read: a path as given, or a variant by its name; without either the one next to the script."""
     variants = script.parent / "variants" / script.stem
     default = script.with_suffix(".yaml")

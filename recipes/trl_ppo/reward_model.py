@@ -32,20 +32,17 @@ def with_finite_scores(reward_func):
             f"reward_funcs: {reward_func!r:.60} is not a function; wrap a sequence classifier in RewardModel(path)"
         )
     name = get_callable_name(reward_func)
-    if is_async_callable(reward_func):
 
-        async def wrapper(prompts, completions, **columns):
-            values = await reward_func(prompts=prompts, completions=completions, **columns)
-            return finite_scores(name, values, prompts, completions)
+    async def later(prompts, completions, **columns):
+        values = await reward_func(prompts=prompts, completions=completions, **columns)
+        return finite_scores(name, values, prompts, completions)
 
-    else:
+    def at_once(prompts, completions, **columns):
+        values = reward_func(prompts=prompts, completions=completions, **columns)
+        return finite_scores(name, values, prompts, completions)
 
-        def wrapper(prompts, completions, **columns):
-            values = reward_func(prompts=prompts, completions=completions, **columns)
-            return finite_scores(name, values, prompts, completions)
-
+    wrapper = later if is_async_callable(reward_func) else at_once
     wrapper.__name__ = wrapper.__qualname__ = name  # TRL logs by it
-    wrapper.__doc__ = reward_func.__doc__
     return wrapper
 
 
@@ -161,37 +158,23 @@ def encode(tokenizer, texts, *, max_length: int = 512, add_eos: bool | None = No
     token, and text from a chat template gets none: `add_eos` None. What the tokenizer closes itself ([SEP]) gets none
     either.
     """
-    if add_eos is None:
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        closes_itself = tokenizer("a")["input_ids"][-1:] != plain[-1:]
-        eos_for_plain, eos_for_chat = tokenizer.eos_token_id is not None and not closes_itself, False
-    else:
-        eos_for_plain = eos_for_chat = add_eos
+    closes_itself = tokenizer("a")["input_ids"][-1:] != tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    eos_for_plain = tokenizer.eos_token_id is not None and not closes_itself
+
+    def encode_one(text):
+        templated = not isinstance(text, str) and tokenizer.chat_template is not None
+        text = tokenizer.apply_chat_template(text, tokenize=False) if templated else as_text(text)
+        with_eos = add_eos if add_eos is not None else eos_for_plain and not templated
+        limit = min(tokenizer.model_max_length, max_length) - with_eos
+        # A template writes the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=limit)["input_ids"]
+        return [*ids, tokenizer.eos_token_id] if with_eos and ids[-1:] != [tokenizer.eos_token_id] else ids
+
     side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
     try:
-        return [
-            _encode(tokenizer, text, max_length, eos_for_chat if _takes_template(tokenizer, text) else eos_for_plain)
-            for text in texts
-        ]
+        return [encode_one(text) for text in texts]
     finally:
         tokenizer.truncation_side = side
-
-
-def _takes_template(tokenizer, text) -> bool:
-    return not isinstance(text, str) and tokenizer.chat_template is not None
-
-
-def _encode(tokenizer, text, max_length, add_eos) -> list[int]:
-    from_template = _takes_template(tokenizer, text)
-    text = tokenizer.apply_chat_template(text, tokenize=False) if from_template else as_text(text)
-    ids = tokenizer(
-        text,
-        add_special_tokens=not from_template,  # the template writes them itself
-        truncation=True,
-        max_length=min(tokenizer.model_max_length, max_length) - add_eos,
-    )["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [*ids, eos] if add_eos and ids[-1:] != [eos] else ids
 
 
 # --- Loading ------------------------------------------------------------------------------------------------------
