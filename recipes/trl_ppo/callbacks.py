@@ -69,7 +69,7 @@ class RolloutProgress(ProgressCallback):
 
     SHOWN: ClassVar[dict[str, str]] = {
         "objective/scores": "score {:.3f}",
-        "objective/kl": "kl {:.2f}",
+        "objective/kl": "kl {:z.2f}",  # z: 0.00, never -0.00
         "completions/mean_length": "length {:.1f}",
         "objective/kl_coef": "β {:.3f}",
         "policy/entropy_avg": "entropy {:.2f}",

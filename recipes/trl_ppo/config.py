@@ -1,9 +1,13 @@
 """`PPOConfig`: the settings of `PPOTrainer`, and which of GRPO's it refuses."""
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import GRPOConfig
 
 from .inputs import UserError
@@ -161,3 +165,27 @@ def check_arguments(args, train_dataset, others):
     for name in ("tools", "environment_factory"):
         if others.get(name):
             raise UserError(f"{name}: not supported by PPOTrainer, whose completions are the policy's tokens alone")
+
+
+def check_engine(args):
+    """UserError for settings under which FSDP or DeepSpeed would not train, or save, what PPO means them to.
+
+    Under FSDP2 log-probabilities and values leave the model as they were computed; accelerate would round them to bf16.
+    """
+    if args.stop_epochs_at_kl is not None and args.deepspeed_plugin is not None:
+        raise UserError("stop_epochs_at_kl: DeepSpeed steps before it could be stopped; leave it null, use kl_target")
+    if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    needed = {
+        "version": (plugin.fsdp_version, 2, "FSDP1 is not supported"),
+        "state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT", "no model would be written"),
+        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False, "only one rank would have a reference"),
+    }
+    for name, (given, value, why) in needed.items():
+        if given != value:
+            raise UserError(f"fsdp_{name}: {given}; set it to {value} in the accelerate config ({why})")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    if dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        args.fsdp_plugin_args = (args.fsdp_plugin_args or {}) | {"mixed_precision_policy": policy}

@@ -26,7 +26,7 @@ from trl.trainer.utils import use_adapter
 
 from . import cpu_folder, formulas
 from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean
-from .config import PPOConfig, check_arguments
+from .config import PPOConfig, check_arguments, check_engine
 from .critic import attach_critic, checkpoint_to_resume, critic_weights, load_critic, save_critic, split_group
 from .inputs import UserError, check_lengths
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
@@ -50,6 +50,7 @@ class PPOTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
         check_arguments(args, train_dataset, kwargs)
+        check_engine(args)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(model, [with_finite_scores(f) for f in reward_funcs], args, train_dataset, **kwargs)
         end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
