@@ -32,12 +32,12 @@ HERE = Path(__file__).resolve().parent
 def one_line_errors():
     """Ends the program with one line on stderr and status 2 for what the user can put right; also a decorator.
 
-    Any other error keeps its traceback: it may be a bug. Rank 0 speaks for all, but for a reward function's values,
-    which are each rank's own.
+    Among it a missing file, a full disk and a server that does not answer (OSError). Any other error keeps its
+    traceback: it may be a bug. Rank 0 speaks for all, but for a reward function's values, which are each rank's own.
     """
     try:
         yield
-    except (UserError, FloatingPointError, FileNotFoundError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ScoreError):
             print(first_line(error), file=sys.stderr)
         raise SystemExit(2) from error

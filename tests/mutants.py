@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant("the table's advantage averaged over padding",
            "advantages.sum(1) / mask.sum(1)", "advantages.mean(1)", TRAINER),
     Mutant("a reward of None counts as 0 in the logged mean",
-           "column.nan_to_num(), (~column.isnan()).float()", "column.nan_to_num()", TRAINER),
+           "mask = mask * ~values.isnan()", "values = values.nan_to_num()", TRAINER),
     Mutant("reward weights ignored", "per_func * self.reward_weights.to(per_func.device)", "per_func * 1.0", TRAINER),
     Mutant("each rank is given the first rank's scores",
            "start = self.accelerator.process_index * len(prompts)", "start = 0", RANKS),
