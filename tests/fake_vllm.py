@@ -76,7 +76,7 @@ class Engine:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         ends = self.model.generation_config.eos_token_id
         self.own_ends = {AutoTokenizer.from_pretrained(path).eos_token_id, *([ends] if isinstance(ends, int) else ends)}
-        self.fresh, self.asleep, self.syncs, self.params = True, False, 0, []
+        self.fresh, self.asleep, self.params, self.sampled = True, False, [], []
 
     def load_weights(self, pairs):
         """As vLLM: an unknown name or a wrong shape is an error; what was cached of prompts is then outdated."""
@@ -92,7 +92,7 @@ class Engine:
         self.fresh = False
 
     def reset_prefix_cache(self):
-        self.fresh, self.syncs = True, self.syncs + 1
+        self.fresh = True
 
     @torch.no_grad()
     def sample(self, prompt_ids, params):
@@ -113,6 +113,7 @@ class Engine:
             logprobs.append(distribution[token].item())
             if token in ends:
                 break
+        self.sampled.append((list(prompt_ids), ids[len(prompt_ids) :]))
         return ids[len(prompt_ids) :], logprobs
 
 
@@ -195,7 +196,7 @@ class Server:
 
     def __init__(self, path, port=0, delay=0.0, die_at=None):
         self.engine, self.delay, self.die_at = Engine(path), delay, die_at
-        self.group, self.updating, self.received, self.calls = None, False, [], []
+        self.group, self.updating, self.received, self.calls, self.stopped = None, False, [], [], False
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -232,6 +233,7 @@ class Server:
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self):
+        self.stopped = True  # for the connections that are open
         self.http.shutdown()
         self.http.server_close()
 
@@ -254,6 +256,8 @@ class Server:
             "/reset_prefix_cache": lambda: {"success": self.engine.reset_prefix_cache() is None},
             "/v1/completions": lambda: self.complete(**body),
         }
+        if self.stopped:
+            raise ConnectionAbortedError
         if path not in answers:
             raise Refused(f"there is no {path}")
         return answers[path]()

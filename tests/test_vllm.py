@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 from trl.generation import vllm_client
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -179,6 +180,12 @@ def test_an_end_token_of_the_files_that_the_trainer_does_not_know_ends_nothing(g
     assert batch["completion_mask"].sum(1).max() == 6
 
 
+def test_a_prompt_and_completion_that_are_longer_than_vllms_limit_are_refused(gpt2_path, tmp_path, engines):
+    trainer = job(gpt2_path, tmp_path, vllm_max_model_length=8)
+    with pytest.raises(ValueError, match="more than the 8 positions of vllm_max_model_length"):
+        roll_out(trainer)
+
+
 def test_evaluation_samples_with_the_policys_weights(gpt2_path, tmp_path, engines):
     trainer = job(gpt2_path, tmp_path, eval_dataset=prompts(5), eval_strategy="steps", eval_steps=2)
     same = watch_sampler(trainer, engines[0])
@@ -264,6 +271,12 @@ def test_what_ppo_does_not_do_is_refused(tmp_path, settings, message):
         PPOConfig(str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, **settings)
 
 
+def test_quantised_weights_are_refused_before_a_model_loads(gpt2_path, tmp_path, engines):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(ValueError, match="use_vllm: not with load_in_4bit"):
+        make_trainer(gpt2_path, tmp_path, policy="no/such/model", use_vllm=True, quantization_config=four_bits)
+
+
 def test_without_vllm_it_is_said_before_a_model_loads(gpt2_path, tmp_path):
     with pytest.raises(ValueError, match="use_vllm: vLLM is not installed"):
         make_trainer(gpt2_path, tmp_path, policy="no/such/model", use_vllm=True)
@@ -309,6 +322,23 @@ def test_a_server_that_dies_ends_the_run_and_one_that_comes_back_gets_all_weight
     trainer.train(resume_from_checkpoint=True)
     assert same == [True] * 2
     assert trainer.state.global_step == 8
+
+
+def test_a_server_that_was_restarted_under_a_run_ends_it_at_the_next_rollout(gpt2_path, tmp_path, serve):
+    """It has the first weights again, and no group to get new ones by."""
+    first = serve()
+    trainer = job(gpt2_path, tmp_path, **of_server(first))
+
+    class Restart(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                first.stop()
+                serve(port=first.port)
+
+    trainer.add_callback(Restart())
+    with pytest.raises(Exception, match="weight transfer engine has not been initialised"):
+        trainer.train()
+    assert trainer.state.global_step == 2
 
 
 # --- What this holds on to in TRL -----------------------------------------------------------------------------------

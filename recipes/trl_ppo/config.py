@@ -171,6 +171,11 @@ def check_arguments(args, train_dataset, others):
         raise UserError(
             "use_vllm: vLLM is not installed; install a version that fits (recipes/README.md), or set false"
         )
+    if args.use_vllm and others.get("quantization_config") is not None:
+        raise UserError(
+            "use_vllm: not with load_in_4bit or load_in_8bit; at each rollout TRL merges the adapter into these, "
+            "and rounds them anew every time, the reference's too"
+        )
     for name in ("tools", "environment_factory"):
         if others.get(name):
             raise UserError(f"{name}: not supported by PPOTrainer, whose completions are the policy's tokens alone")

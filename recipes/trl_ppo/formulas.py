@@ -67,6 +67,13 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, epsilon_low=0.2, eps
     return torch.max(unclipped, clipped), (clipped > unclipped).float()
 
 
+def clipped_value_loss(values, old_values, returns, cliprange=0.2):
+    """½·max of the squared error and that of the value held within `cliprange` of the old one; (B, C) per token."""
+    clipped_values = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
+    return 0.5 * torch.max(unclipped, clipped), (clipped > unclipped).float()
+
+
 def importance_weights(logprobs, sampler_logprobs, low=None, high=None):
     """The policy's probability of each token over the sampler's, held within [low, high]; all (B, C).
 
@@ -75,13 +82,6 @@ def importance_weights(logprobs, sampler_logprobs, low=None, high=None):
     sampling: Yao et al. 2025, https://fengyao.notion.site/off-policy-rl). 1 where the sampler gave none (NaN).
     """
     return (logprobs - sampler_logprobs).nan_to_num(nan=0.0).exp().clamp(low, high)
-
-
-def clipped_value_loss(values, old_values, returns, cliprange=0.2):
-    """½·max of the squared error and that of the value held within `cliprange` of the old one; (B, C) per token."""
-    clipped_values = old_values + (values - old_values).clamp(-cliprange, cliprange)
-    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
-    return 0.5 * torch.max(unclipped, clipped), (clipped > unclipped).float()
 
 
 def next_kl_coef(kl_coef, kl, target, horizon, n):

@@ -146,7 +146,7 @@ class PPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """Sample from the trainer's settings alone: `generate` fills what they leave open from the model's own."""
         policy = self.policy
-        check_lengths(prompt_ids, self.max_completion_length, policy.config)
+        check_lengths(prompt_ids, self.max_completion_length, policy.config, self.args.vllm_max_model_length)
         saved, policy.generation_config = policy.generation_config, GenerationConfig()
         try:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
