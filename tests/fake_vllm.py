@@ -129,7 +129,7 @@ def make_llm_class(engines, dtype):
                 raise TypeError(f"unexpected keyword arguments {set(settings) - ENGINE_ARGUMENTS}")
             if settings["logprobs_mode"] != "processed_logprobs":
                 raise ValueError("log-probabilities before temperature and the like are of another distribution")
-            self.engine, self.settings = Engine(model, dtype), settings
+            self.engine = Engine(model, dtype)
             engines.append(self.engine)
             runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.engine.load_weights))
             worker = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
@@ -137,8 +137,6 @@ def make_llm_class(engines, dtype):
             self.reset_prefix_cache = self.engine.reset_prefix_cache
 
         def generate(self, prompts, sampling_params, use_tqdm=True):
-            if len(prompts) > self.settings["max_num_seqs"]:
-                raise ValueError("more prompts than max_num_seqs")
             outputs = []
             for prompt in prompts:
                 ids, logprobs = self.engine.sample(prompt["prompt_token_ids"], sampling_params)
