@@ -18,8 +18,9 @@ class RunningMean:
         self.reduce, self.sums = reduce, 0.0
 
     def add(self, values, mask):
-        """`values` where `mask` is 1; both of the same shape."""
-        self.sums = self.sums + torch.stack([(values * mask).sum(), mask.sum()]).double()
+        """`values` where `mask` is 1, but for those that are NaN; both of the same shape."""
+        mask = mask * ~values.isnan()
+        self.sums = self.sums + torch.stack([values.where(mask > 0, 0).sum(), mask.sum()]).double()
 
     def __iter__(self):
         total, count = self.reduce(self.sums).tolist()

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from .inputs import UserError
 
@@ -22,6 +23,8 @@ NOT_PPO = {
     "mask_truncated_completions": "use missing_eos_penalty",
     "max_tool_calling_iterations": "tools are not supported",
     "use_transformers_paged": "use use_transformers_continuous_batching",
+    "vllm_importance_sampling_mode": "each token's weight is held within bounds (token_truncate)",
+    "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
     "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}',
 } | {
     name: advice
@@ -33,9 +36,6 @@ NOT_PPO = {
         "PPO here has no entropy term": "entropy_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min "
         "entropy_coef_max entropy_coef_delta entropy_target",
         "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
-        "old log-probabilities are the trainer's own": "vllm_importance_sampling_correction "
-        "vllm_importance_sampling_cap vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
-        "vllm_importance_sampling_clip_min",
     }.items()
     for name in names.split()
 }
@@ -91,6 +91,7 @@ class PPOConfig(GRPOConfig):
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
     num_generations_eval: int = setting(1, "One completion for each held-out prompt.")
+    vllm_importance_sampling_mode: str = setting("token_truncate", "Each token's weight is held within its bounds.")
     beta: float = setting(1.0, "Not PPO's; non-zero, so that the parent loads the reference.")
 
     REFUSED: ClassVar[dict[str, str]] = NOT_PPO
@@ -107,7 +108,7 @@ class PPOConfig(GRPOConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "objective/scores"
         self._round_to_rollouts()
-        self.vllm_importance_sampling_correction = False
+        self.vllm_importance_sampling_correction &= self.use_vllm
         # The parent insists on groups of two and more: show it one group the size of the rollout.
         self.num_generations = local_rollout
         super().__post_init__()
@@ -115,6 +116,12 @@ class PPOConfig(GRPOConfig):
         if self.total_episodes is not None:
             self._round_up("total_episodes", self.generation_batch_size, "completions")
             self.max_steps = self.total_episodes // self.generation_batch_size * self.steps_per_rollout
+
+    @property
+    def end_token_ids(self):
+        """The tokens that `generation_kwargs` names as ends of a completion, besides those that the model declares."""
+        ends = (self.generation_kwargs or {}).get("eos_token_id", [])
+        return [ends] if isinstance(ends, int) else ends
 
     @property
     def steps_per_rollout(self):
@@ -151,6 +158,8 @@ class PPOConfig(GRPOConfig):
                 raise ValueError(f"{name}: {getattr(self, name)} must not be negative")
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator: '{self.kl_estimator}' must be 'k1' or 'k3'")
+        if "stop_token_ids" in (self.generation_kwargs or {}):
+            raise ValueError("generation_kwargs: stop_token_ids is vLLM's name; use eos_token_id, with vLLM or without")
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
 
@@ -162,9 +171,19 @@ def check_arguments(args, train_dataset, others):
             f"train_dataset: {len(train_dataset)} prompts, but one rollout takes {args.generation_batch_size}; add "
             "prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches"
         )
+    if args.use_vllm and not is_vllm_available():
+        raise UserError(
+            "use_vllm: vLLM is not installed; install a version that fits (recipes/README.md), or set false"
+        )
+    if args.use_vllm and others.get("quantization_config") is not None:
+        raise UserError(
+            "use_vllm: not with load_in_4bit or load_in_8bit; at each rollout TRL merges the adapter into these, "
+            "and rounds them anew every time, the reference's too"
+        )
     for name in ("tools", "environment_factory"):
         if others.get(name):
             raise UserError(f"{name}: not supported by PPOTrainer, whose completions are the policy's tokens alone")
+    check_engine(args)
 
 
 def check_engine(args):
