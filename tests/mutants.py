@@ -183,8 +183,6 @@ MUTANTS = [
     Mutant("a named checkpoint that is not whole is resumed from",
            "if given and not is_complete(given):", "if False:", RESUME),
     # Another device than the CPU, and fewer bits
-    Mutant("the value head stays on the CPU",
-           "ValueHead(config.hidden_size, args.seed).to(device)", "ValueHead(config.hidden_size, args.seed)", DEVICE),
     Mutant("which completions ended is said on the CPU", "for ids in completion_ids], device=mask.device)",
            "for ids in completion_ids])", DEVICE),
     Mutant("mini-batches are drawn on the CPU",
