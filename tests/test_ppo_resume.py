@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from test_ppo_trainer import make_trainer, prompts
@@ -135,6 +136,18 @@ def test_a_checkpoint_without_its_random_state_is_passed_over(gpt2_path, tmp_pat
     state.unlink()
     assert not is_complete(tmp_path / "checkpoint-8")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_checkpoint_without_the_random_state_of_every_rank_is_passed_over(gpt2_path, tmp_path):
+    """The first rank may have written all of its own before another comes to it."""
+    job(gpt2_path, tmp_path, num_train_epochs=1).train()
+    critic = tmp_path / "checkpoint-8" / "critic.safetensors"
+    save_file(load_file(critic), critic, metadata={"num_ranks": "2"})
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (critic.parent / "rng_state_1.pth").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    critic.unlink()
+    assert not is_complete(critic.parent)
 
 
 def test_every_pass_over_the_prompts_has_an_order_of_its_own(gpt2_path, tmp_path):

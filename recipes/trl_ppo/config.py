@@ -113,6 +113,16 @@ class PPOConfig(GRPOConfig):
         self.num_generations = local_rollout
         super().__post_init__()
         self.num_generations = 1
+        # TRL's default, "auto", would split the model over all GPUs that a single process sees.
+        self.model_init_kwargs = {"device_map": None} | (self.model_init_kwargs or {})
+        if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
+            name = "bf16" if self.bf16 else "fp16"
+            raise ValueError(
+                f"{name}: true with use_transformers_continuous_batching: TRL would cast the trained weights for good; "
+                f"set {name}: false, and mixed_precision: {name} in the accelerate config"
+            )
+        if self.mixed_precision == "fp16" and self.stop_epochs_at_kl is not None:
+            raise ValueError("stop_epochs_at_kl: the loss scaler of fp16 cannot leave out a step; use bf16")
         if self.total_episodes is not None:
             self._round_up("total_episodes", self.generation_batch_size, "completions")
             self.max_steps = self.total_episodes // self.generation_batch_size * self.steps_per_rollout

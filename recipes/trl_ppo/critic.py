@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -60,7 +62,9 @@ class ValueModel(nn.Module):
 
     def forward(self, states, tokens):
         """`CompletionTokens` → values (N,), from states of its own."""
-        return self.head(tokens.states(self.trunk)).squeeze(-1).float()
+        states = tokens.states(self.trunk)
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
 def attach_critic(policy, args, device):
@@ -97,8 +101,9 @@ def critic_weights(critic, state_dict=None):
 
 
 def save_critic(weights, folder):
-    """Write `critic.safetensors`."""
-    save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, Path(folder) / CRITIC)
+    """Write `critic.safetensors`, which says how many ranks there were."""
+    weights = {name: weight.contiguous().cpu() for name, weight in weights.items()}
+    save_file(weights, Path(folder) / CRITIC, metadata={"num_ranks": str(PartialState().num_processes)})
 
 
 def load_critic(critic, folder):
@@ -107,12 +112,18 @@ def load_critic(critic, folder):
 
 
 def is_complete(checkpoint):
-    """Whether a checkpoint was written to its end, the trainer's state coming last; a finished run's folder is none."""
+    """Whether a checkpoint was written to its end; a finished run's folder is none.
+
+    The first rank writes the trainer's state last; the random state of another may come later still.
+    """
+    folder = Path(checkpoint)
     try:
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        with safe_open(folder / CRITIC, "pt") as critic:
+            num_ranks = int((critic.metadata() or {}).get("num_ranks", 1))
+    except (OSError, ValueError, SafetensorError):
         return False
-    return "global_step" in state and any(Path(checkpoint).glob("rng_state*.pth"))
+    return "global_step" in state and len(list(folder.glob("rng_state*.pth"))) >= num_ranks
 
 
 def last_checkpoint(folder):
