@@ -28,7 +28,8 @@ from . import cpu_folder, formulas
 from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, checkpoint_to_resume, critic_weights, load_critic, save_critic, split_group
-from .inputs import UserError, check_lengths
+from .inputs import ScoreError, UserError, check_lengths
+from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
 
@@ -41,7 +42,7 @@ class PPOTrainer(GRPOTrainer):
     from `args.value_model_path`; it is saved as `critic.safetensors` next to the policy, which loads without it.
 
     Raises `UserError`, a `ValueError`, before any model loads, if the dataset is less than one rollout, a reward is no
-    function, or an argument is given that PPO cannot honour.
+    function, `model` is no whole language model, or an argument is given that PPO cannot honour.
     """
 
     _name = "PPO"
@@ -49,11 +50,12 @@ class PPOTrainer(GRPOTrainer):
     _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
-        check_arguments(args, train_dataset, kwargs)
+        check_arguments(model, args, train_dataset, kwargs)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(model, [with_finite_scores(f) for f in reward_funcs], args, train_dataset, **kwargs)
         end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
         self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
+        check_usable(self.policy, self._tokenizer)
         add_logprobs_forward(self.policy, self.temperature)
         if self.ref_model is not None:
             add_logprobs_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
@@ -191,7 +193,8 @@ class PPOTrainer(GRPOTrainer):
             self._track(f"rewards/{name}", column.nan_to_num(), (~column.isnan()).float())
         silent = per_func.isnan().all(1).nonzero()
         if len(silent):
-            raise UserError(f"reward_funcs: every one returned None for sample {silent[0].item()} of the rollout")
+            names = ", ".join(self.reward_func_names)
+            raise ScoreError(f"reward_funcs: every one returned None for sample {silent[0].item()} ({names})")
         return (per_func * self.reward_weights.to(per_func.device)).nansum(1)
 
     def _shape_scores(self, scores, ended):
@@ -278,12 +281,10 @@ class PPOTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Trainer's gradient norm; stops before the step if it is not finite (fp16's loss scaler skips such a step)."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"gradient norm is {grad_norm} at step {self.state.global_step}; no step was taken"
-            )
-        return grad_norm
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm} at step {self.state.global_step}; no step was taken")
+        return norm
 
     def create_optimizer(self, model=None):
         """Trainer's optimiser, with the critic's own weights in a group of their own if they have a learning rate."""
