@@ -14,12 +14,13 @@ import sys
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Trainer
 
 from eval import compare, predict, report
 from recipe_args import one_line_errors
 from test_ppo_trainer import history, make_trainer, roll_out
 from test_recipes import run
+from trl_ppo.loading import load_skeleton
 
 SETTINGS = {
     "use_cpu": True,
@@ -377,6 +378,12 @@ def test_a_language_model_is_no_reward_model_and_no_critic(settings, gpt2_path, 
     for key in ("reward_model", "value_model_path"):
         line = refusal(start, settings | {key: gpt2_path, "rewards": {"reward_model": 1.0}, "reward_model": gpt2_path})
         assert line.endswith("is not a trained classifier: it has no score.weight")
+
+
+def test_a_folder_of_quantised_weights_is_no_damaged_one(llama_path, tmp_path):
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForCausalLM.from_pretrained(llama_path, quantization_config=in_4_bits).save_pretrained(tmp_path)
+    assert load_skeleton(str(tmp_path)).config.vocab_size == load_skeleton(llama_path).config.vocab_size
 
 
 # --- Rewards --------------------------------------------------------------------------------------------------------

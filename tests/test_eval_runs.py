@@ -6,7 +6,6 @@ import shutil
 import datasets
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from eval import compare, generation, intervals, training

@@ -3,7 +3,9 @@
 import logging
 from contextlib import contextmanager
 
+import torch
 import transformers
+from transformers import AutoConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from .inputs import UserError, first_line
@@ -21,25 +23,32 @@ def whole_on_every_rank():
         hf_deepspeed._hf_deepspeed_config_weak_ref = saved
 
 
+@contextmanager
+def _faults_of(path, what, key):
+    """UserError that names the place, for whatever goes wrong; without transformers' table of what is missing there."""
+    report = logging.getLogger("transformers.modeling_utils")
+    report.disabled, was_disabled = True, report.disabled
+    try:
+        yield
+    except Exception as error:  # a user's folder may be wrong in any way
+        raise UserError(f"{key}{path!r} is not {what}: {first_line(error)}") from error
+    finally:
+        report.disabled = was_disabled
+
+
 def load_whole(auto_class, path, what, key="", may_lack=False, **kwargs):
     """`auto_class.from_pretrained(path)`; on the device "meta" it reads no weights.
 
     Raises UserError, which says that `path` is not `what`, for files that cannot be read, lack weights (unless they
     `may_lack` some), or hold them in other shapes; and for weights that are NaN or infinite.
     """
-    report = logging.getLogger("transformers.modeling_utils")  # a table of what is missing: the error says it in a line
-    report.disabled, was_disabled = True, report.disabled
-    try:
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _faults_of(path, what, key):
         model, info = auto_class.from_pretrained(path, **kwargs)
-    except Exception as error:  # a user's folder may be wrong in any way
-        raise UserError(f"{key}{path!r} is not {what}: {first_line(error)}") from error
-    finally:
-        report.disabled = was_disabled
-    if info["missing_keys"] and not may_lack:
-        raise UserError(f"{key}{path!r} is not {what}: it has no {', '.join(sorted(info['missing_keys'])[:3])}")
-    for name, theirs, ours in info["mismatched_keys"]:
-        raise UserError(f"{key}{path!r} is not {what}: {name} is {[*theirs]}, which config.json wants to be {[*ours]}")
+        if info["missing_keys"] and not may_lack:
+            raise ValueError(f"it has no {', '.join(sorted(info['missing_keys'])[:3])}")
+        for name, theirs, ours in info["mismatched_keys"]:
+            raise ValueError(f"{name} is {[*theirs]}, which config.json wants to be {[*ours]}")
     check_usable(model)
     return model
 
@@ -52,11 +61,15 @@ def load_skeleton(path, key="", head="CausalLM", **kwargs):
     """
     what, auto_class = ("a language model", "a model")[head != "CausalLM"], getattr(transformers, f"AutoModelFor{head}")
     kwargs = {name: value for name, value in kwargs.items() if name in PLACE}
-    model = load_whole(auto_class, path, what, key, may_lack=head != "CausalLM", device_map="meta", **kwargs)
-    said = model.config.architectures
-    if head == "CausalLM" and (not said or "Classification" in said[0]):
-        raise UserError(f"{key}{path!r} is not a language model: its config.json says {said}")
-    return model
+    with _faults_of(path, what, key):
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        said = config.architectures
+        if head == "CausalLM" and (not said or "Classification" in said[0]):
+            raise ValueError(f"its config.json says {said}")
+        if hasattr(config, "quantization_config"):  # the names of its weights are the quantiser's own
+            with torch.device("meta"):
+                return auto_class.from_config(config)
+    return load_whole(auto_class, path, what, key, may_lack=head != "CausalLM", device_map="meta", **kwargs)
 
 
 def check_usable(model, tokenizer=None):
