@@ -20,8 +20,9 @@ class ScoreError(UserError):
 
 LARGEST = 1e18  # of a score: float32 holds its square
 
-# What a number must be, by its key, in every script: TRL and transformers take most of what makes no sense.
+# What a number must be, by its key ("*": every one), in every script: TRL and transformers take most of the rest.
 RANGES = {
+    "is not a finite number": (lambda x: abs(x) < math.inf, "*"),
     "must be positive": (
         lambda x: x > 0,
         "num_iterations num_mini_batches kl_horizon kl_target stop_epochs_at_kl score_clip value_learning_rate "
@@ -47,15 +48,12 @@ def check_numbers(settings: dict, where: str = "") -> None:
     for key, value in settings.items():
         if isinstance(value, dict):
             check_numbers(value, f"{where}{key}: ")
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            wanted = () if where else RANGES.items()  # a reward may have a setting's name
-            faults = [said for said, (holds, keys) in wanted if key in keys.split() and not holds(number)]
-            if not abs(number) < math.inf:  # NaN compares false
-                faults = ["is not a finite number"]
-            if faults:
-                raise ValueError(f"{where}{key}: {number} {faults[0]}")
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if type(x) in (int, float)]
+        for said, (holds, keys) in RANGES.items():
+            asked = keys == "*" or (key in keys.split() and not where)  # a reward may have a setting's name
+            for number in numbers:
+                if asked and not holds(number):
+                    raise ValueError(f"{where}{key}: {number} {said}")
 
 
 def first_line(error: BaseException) -> str:
