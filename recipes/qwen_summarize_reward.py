@@ -32,7 +32,7 @@ class RewardArguments(RecipeArguments):
 def main(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig):
     script_args.check(model_args)
     path, max_length = model_args.model_name_or_path, training_args.max_length
-    check_length(path, check_model("model_name_or_path", path), max_length)
+    check_length(path, check_model("model_name_or_path", path, "SequenceClassification"), max_length)
 
     # 1. Pairs: two texts that follow the same prompt, the better one and the other.
     data, config = script_args.dataset_name, script_args.dataset_config

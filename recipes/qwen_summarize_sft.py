@@ -50,7 +50,7 @@ def scratch_model(script_args, tokenizer, max_length):
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
     script_args.check(model_args)
     path = model_args.model_name_or_path
-    check_model("model_name_or_path", path)
+    check_model("model_name_or_path", path, None if script_args.scratch_layers else "CausalLM")
     columns = ["prompt", "completion"]
     train = load_split(script_args.dataset_name, script_args.dataset_train_split, columns, script_args.dataset_config)
     test = load_split(script_args.dataset_name, script_args.dataset_test_split, columns, script_args.dataset_config)

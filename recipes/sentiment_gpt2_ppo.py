@@ -21,7 +21,7 @@ from trl_ppo import PPOConfig, PPOTrainer
 def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
     script_args.check(training_args, model_args)
     path = model_args.model_name_or_path
-    check_model("model_name_or_path", path)
+    check_model("model_name_or_path", path, "CausalLM")
 
     # 1. Prompts: the first few tokens of each review.
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")

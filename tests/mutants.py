@@ -247,7 +247,7 @@ MUTANTS = [
     Mutant("the cache keeps rows that have left", "value.batch_select_indices(rows)", "pass", DECODING),
     Mutant("sampling takes the likeliest word",
            "draw(logits) if generation_config.do_sample", "draw(logits) if False", DECODING),
-    Mutant("a score that is not finite let through", 'if not abs(number) < float("inf"):', "if False:", REWARDS),
+    Mutant("a score that is not finite let through", "if not abs(number) <= LARGEST:", "if False:", REWARDS),
     Mutant("too few scores let through", "if len(values) != len(completions):", "if False:", REWARDS),
     Mutant("a text loses its end, not its beginning",
            'tokenizer.truncation_side, "left"', 'tokenizer.truncation_side, "right"', REWARDS),

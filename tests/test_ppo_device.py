@@ -123,6 +123,8 @@ def test_a_single_process_does_not_split_its_models_over_the_gpus_that_it_sees(g
     load = GPT2LMHeadModel.from_pretrained.__func__
 
     def from_pretrained(cls, *args, device_map="not given", **kwargs):
+        if device_map == "meta":  # a look at the files
+            return load(cls, *args, device_map=device_map, **kwargs)
         asked.append(device_map)
         return load(cls, *args, **kwargs)
 

@@ -6,18 +6,17 @@
 """
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from .inputs import UserError, as_text, finite_scores, join, looks_local
+from .inputs import UserError, as_text, finite_scores, join, looks_local, reward_failures
+from .loading import check_usable, load_whole, whole_on_every_rank
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
 
@@ -34,11 +33,13 @@ def with_finite_scores(reward_func):
     name = get_callable_name(reward_func)
 
     async def later(prompts, completions, **columns):
-        values = await reward_func(prompts=prompts, completions=completions, **columns)
+        with reward_failures(name):
+            values = await reward_func(prompts=prompts, completions=completions, **columns)
         return finite_scores(name, values, prompts, completions)
 
     def at_once(prompts, completions, **columns):
-        values = reward_func(prompts=prompts, completions=completions, **columns)
+        with reward_failures(name):
+            values = reward_func(prompts=prompts, completions=completions, **columns)
         return finite_scores(name, values, prompts, completions)
 
     wrapper = later if is_async_callable(reward_func) else at_once
@@ -180,30 +181,20 @@ def encode(tokenizer, texts, *, max_length: int = 512, add_eos: bool | None = No
 # --- Loading ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _whole_on_every_rank():
-    """Under ZeRO-3 `from_pretrained` gives each rank a share of the weights, which only DeepSpeed's engine can run."""
-    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
-
-
-@_whole_on_every_rank()
+@whole_on_every_rank()
 def load_classifier(path: str, dtype):
     """The classifier at `path` and its tokenizer. A head that was never trained is an error, not a random score."""
     if find_adapter_config_file(path) is not None:
-        return _load_adapter(path, dtype)
-    return _load_with_head(path, dtype), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = _load_adapter(path, dtype)
+    else:
+        model = _load_with_head(path, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    check_usable(model, tokenizer)
+    return model, tokenizer
 
 
 def _load_with_head(path, dtype):
-    model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{path!r} is not a trained classifier: it has no {missing}")
-    return model
+    return load_whole(AutoModelForSequenceClassification, path, "a trained classifier", dtype=dtype)
 
 
 def _load_adapter(path, dtype):

@@ -27,7 +27,8 @@ from . import cpu_folder, formulas
 from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, now
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, checkpoint_to_resume, critic_weights, load_critic, save_critic, split_group
-from .inputs import UserError, check_lengths
+from .inputs import ScoreError, UserError, check_lengths
+from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
 from .vllm_sampler import fit_to_ppo
@@ -41,7 +42,7 @@ class PPOTrainer(GRPOTrainer):
     from `args.value_model_path`; it is saved as `critic.safetensors` next to the policy, which loads without it.
 
     Raises `UserError`, a `ValueError`, before any model loads, if the dataset is less than one rollout, a reward is no
-    function, or an argument is given that PPO cannot honour.
+    function, `model` is no whole language model, or an argument is given that PPO cannot honour.
     """
 
     _name = "PPO"
@@ -49,10 +50,11 @@ class PPOTrainer(GRPOTrainer):
     _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
-        check_arguments(args, train_dataset, kwargs)
+        check_arguments(model, args, train_dataset, kwargs)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(model, [with_finite_scores(f) for f in reward_funcs], args, train_dataset, **kwargs)
         self.eos_token_ids = [*self.eos_token_ids, *args.end_token_ids]
+        check_usable(self.policy, self._tokenizer)
         head = self.temperature, args.cast_lm_head_to_fp32
         add_logprobs_forward(self.policy, *head)
         if self.ref_model is not None:
@@ -193,7 +195,8 @@ class PPOTrainer(GRPOTrainer):
             self._track(f"rewards/{name}", column)
         silent = per_func.isnan().all(1).nonzero()
         if len(silent):
-            raise UserError(f"reward_funcs: every one returned None for sample {silent[0].item()} of the rollout")
+            names = ", ".join(self.reward_func_names)
+            raise ScoreError(f"reward_funcs: every one returned None for sample {silent[0].item()} ({names})")
         return (per_func * self.reward_weights.to(per_func.device)).nansum(1)
 
     def _shape_scores(self, scores, ended):
