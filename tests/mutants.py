@@ -251,7 +251,7 @@ MUTANTS = [
     Mutant("too few scores let through", "if len(values) != len(completions):", "if False:", REWARDS),
     Mutant("a text loses its end, not its beginning",
            'tokenizer.truncation_side, "left"', 'tokenizer.truncation_side, "right"', REWARDS),
-    Mutant("a classifier without a trained head scores", 'if info["missing_keys"]:', "if False:", REWARDS),
+    Mutant("a classifier without a trained head scores", 'if info["missing_keys"] and not may_lack:', "if False:", REWARDS),
     Mutant("scores in the order of their lengths",
            "scores[i] = score", "scores[start + batch.index(i)] = score", REWARDS),
 ]  # fmt: skip
