@@ -18,6 +18,7 @@ NOT_PPO = {
     "mask_truncated_completions": "use missing_eos_penalty",
     "max_tool_calling_iterations": "tools are not supported",
     "use_transformers_paged": "use use_transformers_continuous_batching",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C save anyway, at the end of a rollout",
     "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}',
 } | {
     name: advice

@@ -3,7 +3,6 @@
 Shapes: N completion tokens, H the hidden size.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -100,27 +99,3 @@ def save_critic(weights, folder):
 def load_critic(critic, folder):
     """Read `critic.safetensors`."""
     critic.load_state_dict(load_file(Path(folder) / CRITIC))
-
-
-def is_complete(checkpoint):
-    """Whether a checkpoint was written to its end, the trainer's state coming last; a finished run's folder is none."""
-    try:
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return "global_step" in state and any(Path(checkpoint).glob("rng_state*.pth"))
-
-
-def last_checkpoint(folder):
-    """The complete checkpoint of the most steps in `folder`, or None; half-written ones are passed over."""
-    complete = [path for path in Path(folder).glob("checkpoint-*") if is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def checkpoint_to_resume(given, output_dir):
-    """The folder to resume from, None for a fresh start; `True` (or "true") means the last complete one, if any."""
-    if str(given).lower() == "true":
-        return last_checkpoint(output_dir)
-    if given and not is_complete(given):
-        raise UserError(f"resume_from_checkpoint: '{given}' is not a complete checkpoint")
-    return given or None

@@ -5,7 +5,11 @@
 [3.1]
 """
 
+import asyncio
 import os
+import signal
+import threading
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,15 +21,15 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from .inputs import UserError, as_text, finite_scores, join, looks_local
+from .inputs import ScoreError, UserError, as_text, finite_scores, first_line, join, looks_local
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
 
 
-def with_finite_scores(reward_func):
+def with_finite_scores(reward_func, timeout=None):
     """`reward_func`, synchronous or not, whose values are checked by `finite_scores` at each call.
 
-    Raises `UserError` if it is no function.
+    A call that raises, or takes more than `timeout` seconds, is a `ScoreError`. Raises `UserError` for no function.
     """
     if not callable(reward_func) or isinstance(reward_func, nn.Module):
         raise UserError(
@@ -34,16 +38,42 @@ def with_finite_scores(reward_func):
     name = get_callable_name(reward_func)
 
     async def later(prompts, completions, **columns):
-        values = await reward_func(prompts=prompts, completions=completions, **columns)
+        with _errors_named(name):
+            call = reward_func(prompts=prompts, completions=completions, **columns)
+            values = await asyncio.wait_for(call, timeout)
         return finite_scores(name, values, prompts, completions)
 
     def at_once(prompts, completions, **columns):
-        values = reward_func(prompts=prompts, completions=completions, **columns)
+        with _errors_named(name, timeout):
+            values = reward_func(prompts=prompts, completions=completions, **columns)
         return finite_scores(name, values, prompts, completions)
 
     wrapper = later if is_async_callable(reward_func) else at_once
     wrapper.__name__ = wrapper.__qualname__ = name  # TRL logs by it
     return wrapper
+
+
+@contextmanager
+def _errors_named(name, seconds=None):
+    """What a reward function raises, as one line with its name; an alarm rings where it takes more than `seconds`."""
+
+    def ring(*_):
+        raise TimeoutError(f"no scores after {seconds} s (ddp_timeout)")
+
+    rings = seconds and threading.current_thread() is threading.main_thread()  # no other one gets signals
+    before = signal.signal(signal.SIGALRM, ring) if rings else None
+    try:
+        signal.alarm(seconds if rings else 0)
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = next((f for f in frames if f.filename != __file__ and "asyncio" not in f.filename), frames[-1])
+        kind = f"{type(error).__name__} at {where.filename}:{where.lineno}"
+        raise ScoreError(f"reward function {name!r} raised {kind}: {first_line(error)}") from error
+    finally:
+        if rings:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
 
 
 class RewardModel:

@@ -10,7 +10,6 @@ Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (1909.0859
 Huang et al. 2024 (2403.17031).
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -25,9 +24,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from . import cpu_folder, formulas
-from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean
+from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, StopOnSignal
+from .checkpoints import PPO_FILES, checkpoint_to_resume, load_state, save_state
 from .config import PPOConfig, check_arguments
-from .critic import attach_critic, checkpoint_to_resume, critic_weights, load_critic, save_critic, split_group
+from .critic import attach_critic, critic_weights, load_critic, save_critic, split_group
 from .inputs import UserError, check_lengths
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
@@ -51,7 +51,8 @@ class PPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
         check_arguments(args, train_dataset, kwargs)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        super().__init__(model, [with_finite_scores(f) for f in reward_funcs], args, train_dataset, **kwargs)
+        reward_funcs = [with_finite_scores(function, args.ddp_timeout) for function in reward_funcs]
+        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
         self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
         add_logprobs_forward(self.policy, self.temperature)
@@ -325,25 +326,25 @@ class PPOTrainer(GRPOTrainer):
         super()._save(str(folder), state_dict)
         if self.args.should_save:
             save_critic(weights, folder)
-            (folder / "ppo_state.json").write_text(json.dumps({"kl_coef": self.kl_coef, "score_sums": self.score_sums}))
+            save_state(self, folder)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trainer's `train`; `True` (or "true") resumes from the last complete checkpoint, if there is one."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        """Trainer's `train`; `True` (or "true") resumes from the newest whole checkpoint, if there is one."""
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, PPO_FILES)
         if checkpoint:
             self._load_critic_and_state(checkpoint)
-            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one step more
+            self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if 0 < self.args.max_steps <= self.state.global_step:  # Trainer would take one step more
                 self._load_from_checkpoint(checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                return TrainOutput(self.state.global_step, 0.0, {})
+        with StopOnSignal(self):
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _load_best_model(self):
         super()._load_best_model()
         self._load_critic_and_state(self.state.best_model_checkpoint)
 
     def _load_critic_and_state(self, folder):
-        self.__dict__.update(json.loads((Path(folder) / "ppo_state.json").read_text()))
+        load_state(self, folder)
         if not self.is_deepspeed_enabled:  # whose engine loads the critic with the policy
             load_critic(self.policy.critic, folder)
