@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -157,7 +158,7 @@ class Run:
     def __init__(self, folder, *options, ranks=1, nodes=1, **env):
         self.log = Path(f"{folder}.log")
         arguments = [*SETTINGS, "--total_episodes", str(16 * ranks * ROLLOUTS), "--ddp_timeout", str(WAIT)]
-        arguments += [*MODELS(folder.parent), "--output_dir", str(folder), *options]
+        arguments += [*models(folder.parent), "--output_dir", str(folder), *options]
         Run.port += 1
         self.processes = [
             multiprocessing.get_context("fork").Process(
@@ -169,11 +170,13 @@ class Run:
             process.start()
 
     def wait(self, seconds=180):
-        """Status of each process, None for one that still runs, and how long it took; what is left is killed."""
-        started = time.monotonic()
+        """Status of each process, None for one that still runs; seconds until the others had ended; whether a rank is
+        left, which is killed then."""
+        started, took = time.monotonic(), 0.0
         for process in self.processes:
             process.join(max(0, started + seconds - time.monotonic()))
-        took, statuses = time.monotonic() - started, [process.exitcode for process in self.processes]
+            took = time.monotonic() - started if process.exitcode is not None else took
+        statuses = [process.exitcode for process in self.processes]
         time.sleep(0.2)
         left = [process.pid for process in self.processes if session(process.pid)]
         for process in self.processes:
@@ -190,7 +193,8 @@ class Run:
             os.kill(self.processes[0].pid, number)
 
 
-def MODELS(folder):
+def models(folder):
+    """The options that name what `make_models` made."""
     names = {"--model_name_or_path": "sft", "--reward_model": "reward", "--dataset_name": "data/prompts"}
     return [word for option, name in names.items() for word in (option, str(folder / name))]
 
@@ -322,8 +326,6 @@ def damage_newest(folder, rng):
 
 def one_moment(kind, folder, expected, whole, room, rng):
     """Break a run and resume it; what was seen, and what of it is not as it should be."""
-    import re
-
     share, wrong = rng.uniform(0.05, 0.98), []
     if kind == "two_runs":
         first = Run(folder)

@@ -14,7 +14,7 @@ from conftest import ROOT
 from recipe_args import OutputArguments, lock_folder, one_line_errors
 from test_ppo_resume import assert_same_end, job
 from test_ppo_trainer import letter_share
-from trl_ppo.checkpoints import PPO_FILES, damage
+from trl_ppo.checkpoints import PPO_FILES, checkpoint_to_resume, damage
 from trl_ppo.inputs import ScoreError, UserError
 
 
@@ -32,6 +32,13 @@ def run(finished, gpt2_path, tmp_path):
     """A copy of its folder, and a new trainer for it."""
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run", job(gpt2_path, tmp_path / "run", num_train_epochs=1)
+
+
+class Args:
+    """The part of the training arguments that a resume and the output folder depend on."""
+
+    def __init__(self, folder, resume=None):
+        self.output_dir, self.resume_from_checkpoint, self.process_index = str(folder), resume, 0
 
 
 def files_of(checkpoint):
@@ -100,6 +107,32 @@ def test_checkpoints_newer_than_the_one_named_are_set_aside(run):
     folder, trainer = run
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert files_of(folder / "checkpoint-8") == files_of(next((folder / "old_checkpoints").glob("*/checkpoint-8")))
+
+
+# --- Ranks ----------------------------------------------------------------------------------------------------------
+
+
+def resume_of_two_ranks(monkeypatch, seen_by_rank_1):
+    """What rank 0 of two chooses in a folder where it sees two whole checkpoints."""
+
+    def both(mine):
+        return [*mine, {name: seen_by_rank_1.get(name[-1], "trainer_state.json") for name in mine[0]}]
+
+    monkeypatch.setattr("trl_ppo.checkpoints.gather_object", both)
+
+
+def test_ranks_resume_from_the_newest_checkpoint_that_is_whole_on_all_of_them(run, monkeypatch, capsys):
+    """Killed after rank 0 had written all of its own, and before rank 1 had."""
+    resume_of_two_ranks(monkeypatch, {"8": "rng_state_1.pth", "4": None})
+    assert checkpoint_to_resume("true", Args(run[0])) == f"{run[0]}/checkpoint-4"
+    assert "checkpoint-8 is passed over: rng_state_1.pth is missing or cut off" in capsys.readouterr().out
+
+
+def test_a_rank_that_does_not_see_the_folder_is_an_error_not_a_new_run(run, monkeypatch):
+    resume_of_two_ranks(monkeypatch, {})
+    for given in ("true", f"{run[0]}/checkpoint-8"):
+        with pytest.raises(UserError, match=r"rank 1 has no .*checkpoint-8'; all machines must share output_dir"):
+            checkpoint_to_resume(given, Args(run[0]))
 
 
 # --- Other settings than the checkpoint's -----------------------------------------------------------------------------
@@ -178,13 +211,6 @@ def test_a_signal_saves_at_the_rollouts_end_and_prints_the_command_that_goes_on(
 
 
 # --- The output folder ------------------------------------------------------------------------------------------------
-
-
-class Args:
-    """The part of the training arguments that the output folder depends on."""
-
-    def __init__(self, folder, resume=None):
-        self.output_dir, self.resume_from_checkpoint, self.process_index = str(folder), resume, 0
 
 
 def claim(folder, resume=None, **set):

@@ -63,7 +63,8 @@ def _errors_named(name, seconds=None):
     rings = seconds and threading.current_thread() is threading.main_thread()  # no other one gets signals
     before = signal.signal(signal.SIGALRM, ring) if rings else None
     try:
-        signal.alarm(seconds if rings else 0)
+        if rings:
+            signal.alarm(seconds)
         yield
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
