@@ -137,7 +137,7 @@ def launch(arguments, log, ranks, node, port, env):
         run_id=f"faults{port}",
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        rdzv_configs={"is_host": node in (0, None)},
+        rdzv_configs={"is_host": node in (0, None), "join_timeout": WAIT, "read_timeout": WAIT},
         local_addr=address,
         start_method="fork",
         max_restarts=0,

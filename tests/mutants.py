@@ -181,8 +181,8 @@ MUTANTS = [
            "sorted(found, key=_step, reverse=True)", "sorted(found)[::-1]", FAULTS),
     Mutant("a copy of a checkpoint is taken for one",
            'if path.name.partition("-")[2].isdecimal()', 'if path.name[11:12].isdecimal()', FAULTS),
-    Mutant("a checkpoint without its random state taken for whole", '"*model*", f"rng_state_{rank}.pth" if rank else '
-           '"rng_state*.pth", *also]', '"*model*", *also]', FAULTS),
+    Mutant("a checkpoint without its random state taken for whole", '[TRAINER_STATE, f"rng_state_{rank}.pth" if rank '
+           'else "rng_state*.pth", *also]', "[TRAINER_STATE, *also]", FAULTS),
     Mutant("a file that is cut off taken for whole", "if not _is_whole(path)]", "if False]", FAULTS),
     Mutant("a checkpoint that one rank lacks is resumed from",
            "for theirs in of_ranks]", "for theirs in of_ranks[:1]]", FAULTS),

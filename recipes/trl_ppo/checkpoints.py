@@ -24,9 +24,9 @@ FREE = ("output_dir", "resume_", "log", "save_", "eval_", "report_to", "run_name
 def damage(checkpoint, rank=0, also=()):
     """The first file of a checkpoint that is missing or cut off, or None; Trainer writes `trainer_state.json` last."""
     folder = Path(checkpoint)
-    needed = [TRAINER_STATE, "*model*", f"rng_state_{rank}.pth" if rank else "rng_state*.pth", *also]
-    if not (folder / "latest").is_file():  # DeepSpeed's, which keeps the optimiser in a folder of its own
-        needed += ["optimizer*", "scheduler.pt"]
+    needed = [TRAINER_STATE, f"rng_state_{rank}.pth" if rank else "rng_state*.pth", *also]
+    if not (folder / "latest").is_file():  # DeepSpeed's, which keeps weights and optimiser in a folder of its own
+        needed += ["*model*", "optimizer*", "scheduler.pt"]
     faults = [name for name in needed if not any(folder.glob(name))]
     return next(iter(faults + [path.name for path in sorted(folder.glob("*.*")) if not _is_whole(path)]), None)
 
