@@ -57,7 +57,7 @@ SAYS = {
     "sigterm": "to go on, launch: .* --resume_from_checkpoint true",
     "ctrl_c": "to go on, launch: .* --resume_from_checkpoint true|stopped by Ctrl-C",
     "ctrl_c_twice": "a second signal .* leaves at once|stopped by Ctrl-C",
-    "rank": "Signal 9",
+    "rank": "Signal 9|another rank",
     "node": "another rank",
     "link": "another rank",
     "disk": "No space left|disk full",
