@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test mutants faults lint browser-test
+.PHONY: demo test mutants faults lint audit browser-test
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,12 @@ browser-test: .venv/.installed
 	test -x /usr/bin/chromium && test -x /usr/bin/chromedriver || { $(SUDO) apt-get update && \
 		$(SUDO) apt-get install --yes --no-install-recommends chromium chromium-driver; }
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 REQUIRE_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
+
+# Known vulnerabilities of what is installed; asks the Python Package Index.
+audit: .venv/.installed
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && \
+		.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1; }
+	PIPAPI_PYTHON_LOCATION=$(BIN)/python .venv-audit/bin/pip-audit
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Union, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from requests import RequestException
 from safetensors import SafetensorError
 from trl import ScriptArguments, TrlParser
 
@@ -38,12 +39,12 @@ LIBRARIES = {  # words in a RuntimeError of torch's that is no bug, and what the
 def one_line_errors():
     """Ends the program with one line on stderr and status 2 for what the user can put right; also a decorator.
 
-    Any other error keeps its traceback: it may be a bug. Rank 0 speaks for all, but for a reward function's values,
-    which are each rank's own.
+    A server that does not answer, vLLM's, is among it. Any other error keeps its traceback: it may be a bug. Rank 0
+    speaks for all, but for a reward function's values, which are each rank's own.
     """
     try:
         yield
-    except (UserError, FloatingPointError, FileNotFoundError) as error:
+    except (UserError, FloatingPointError, FileNotFoundError, RequestException) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ScoreError):
             print(first_line(error), file=sys.stderr)
         raise SystemExit(2) from error

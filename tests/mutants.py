@@ -23,7 +23,7 @@ SECONDS = 300  # for one mutant; a hang is noticed too
 FORMULAS, TRAINER, RESUME = (f"tests/test_ppo_{name}.py" for name in ("formulas", "trainer", "resume"))
 LORA, RANKS = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
-FAULTS, FIDELITY = "tests/test_faults.py", "tests/test_fidelity.py"
+FAULTS, FIDELITY, VLLM = (f"tests/test_{name}.py" for name in ("faults", "fidelity", "vllm"))
 
 
 class Mutant(NamedTuple):
@@ -81,7 +81,7 @@ MUTANTS = [
            "policy.generation_config, policy.generation_config", TRAINER),
     Mutant("the model's generation settings are lost", "policy.generation_config = saved", "pass", TRAINER),
     Mutant("only the tokenizer's end token counts",
-           "self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens", "pass", TRAINER),
+           "self.eos_token_ids = [*self.eos_token_ids, *args.end_token_ids]", "pass", TRAINER),
     Mutant("a ref adapter ignored",
            'adapter_name="ref" if "ref" in model.peft_config else None', "adapter_name=None", LORA),
     Mutant("with LoRA the policy is its own reference",
@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant("the table's advantage averaged over padding",
            "advantages.sum(1) / mask.sum(1)", "advantages.mean(1)", TRAINER),
     Mutant("a reward of None counts as 0 in the logged mean",
-           "column.nan_to_num(), (~column.isnan()).float()", "column.nan_to_num()", TRAINER),
+           "mask = mask * ~values.isnan()", "values = values.nan_to_num()", TRAINER),
     Mutant("reward weights ignored", "per_func * self.reward_weights.to(per_func.device)", "per_func * 1.0", TRAINER),
     Mutant("each rank is given the first rank's scores",
            "start = self.accelerator.process_index * len(prompts)", "start = 0", RANKS),
@@ -145,7 +145,7 @@ MUTANTS = [
            "critic(states, tokens)", "critic(states.detach(), tokens)", TRAINER),
     Mutant("a loss that is not finite let through", "if not torch.isfinite(loss):", "if False:", TRAINER),
     Mutant("a gradient norm that is not finite let through",
-           'if self.accelerator.mixed_precision != "fp16" and not math.isfinite(grad_norm):', "if False:", TRAINER),
+           'if self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):', "if False:", TRAINER),
     Mutant("epochs stopped by one rank alone",
            "moved = self._sum_over_ranks(self._mini_batch_kl).item()", "moved = self._mini_batch_kl.item()", RANKS),
     Mutant("epochs stopped by the last micro-batch alone",
@@ -197,6 +197,14 @@ MUTANTS = [
     Mutant("a signal stops without saving", 'for what in ("log", "save", "training_stop")',
            'for what in ("log", "training_stop")', FAULTS),
     Mutant("a reward function may take for ever", "signal.alarm(seconds)", "0", FAULTS),
+    # vLLM as the sampler
+    Mutant("the critic is sent to vLLM", 'if not pair[0].startswith("critic.")', "if True", VLLM),
+    Mutant("vLLM stops at end tokens of its own", '"ignore_eos": True', '"ignore_eos": False', VLLM),
+    Mutant("importance weights without bounds", ".exp().clamp(low, high)", ".exp()", VLLM),
+    Mutant("importance weights are computed and not used",
+           "advantages = advantages * weights", "advantages = advantages * 1", VLLM),
+    Mutant("vLLM samples with other weights than the best that were loaded",
+           "self._last_loaded_step = -1", "pass", VLLM),
     # Log-probabilities, sampling and rewards
     Mutant("left padding shifts the position ids",
            "flush_left(attention_mask, input_ids)", "(attention_mask, input_ids)", LOGPROBS),

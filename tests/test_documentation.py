@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from trl import ModelConfig
 
 from conftest import ROOT
@@ -68,13 +69,11 @@ def test_every_documented_command_exists_and_parses(path, command, monkeypatch):
         launch = command[2:]
         if launch == ["--config_file"]:  # named, not given
             return
-        while launch[0].startswith("--"):
-            assert launch[0] == "--config_file"
-            assert (ROOT / launch[1]).is_file()
-            launch = launch[2:]
-        script = ROOT / launch[0]
+        options = launch_command_parser().parse_args(launch)
+        assert options.config_file is None or (ROOT / options.config_file).is_file()
+        script = ROOT / options.training_script
         types = typing.get_type_hints(importlib.import_module(script.stem).main).values()
-        parse(str(script), *types, args=launch[1:])
+        parse(str(script), *types, args=options.training_script_args)
     elif command[:2] == ["python", "-m"]:
         parser = importlib.import_module(command[2]).make_parser()
         if command[3:]:  # else the module is named alone

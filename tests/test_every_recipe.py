@@ -29,6 +29,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import fake_vllm
 from conftest import SENTENCES
 from test_recipes import VARIANTS, YAMLS, name_of, run, script_of
 
@@ -213,13 +214,14 @@ def overrides(values, stage, models, data):
 
 
 @pytest.mark.parametrize("config", YAMLS, ids=name_of)
-def test_a_step_of_every_yaml(config, real_models, small_models, data, tmp_path):
+def test_a_step_of_every_yaml(config, real_models, small_models, data, tmp_path, monkeypatch):
     script = script_of(config)
     models = small_models if config in VARIANTS else real_models  # a variant differs in other things
     stage = script.stem.rpartition("_")[2]
     values = yaml.safe_load(config.read_text())
     values |= overrides(values, stage, models, data) | {"output_dir": str(tmp_path / "out")}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
+    engines = fake_vllm.install(monkeypatch) if values.get("use_vllm") else []
     trainer = run(script.stem, "--config", str(tmp_path / "small.yaml"))
 
     steps = values["num_iterations"] * values.get("num_mini_batches", 1) if stage == "ppo" else 1
@@ -229,6 +231,8 @@ def test_a_step_of_every_yaml(config, real_models, small_models, data, tmp_path)
         assert all("lora_" in name or "critic." in name or "score" in name for name in trained)
     if values.get("load_in_4bit"):
         assert "Linear4bit" in {type(module).__name__ for module in trainer.model.modules()}
+    if values.get("use_vllm"):
+        assert len(engines[0].params) == values["total_episodes"]
     written = {path.name for path in (tmp_path / "out").iterdir()}
     weights = "adapter_model.safetensors" if values.get("use_peft") else "model.safetensors"
     report = {"reward_report.json", "reward_report.svg"}

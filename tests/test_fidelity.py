@@ -114,7 +114,7 @@ class FixedRollout(PPOTrainer):
         self.model.train()
 
     def _generate(self, prompts):
-        return self.trl.prompts, self.trl.completions, None, [words(ids) for ids in self.trl.completions]
+        return self.trl.prompts, self.trl.completions, None, [words(ids) for ids in self.trl.completions], None
 
     def rollout(self):
         """What the trainer stores of the rollout, for all eight completions; metrics start afresh."""

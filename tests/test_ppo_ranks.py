@@ -48,7 +48,7 @@ def runs(gpt2_path, tmp_path_factory):
             json.loads((folder / str(ranks) / name / "report.json").read_text()),
         )
         for ranks in launchers
-        for name in ("full", "lora", "stop_epochs", "evaluate")
+        for name in ("full", "lora", "stop_epochs", "evaluate", "vllm_colocate", "vllm_server")
     }
 
 
@@ -101,3 +101,12 @@ def test_samples_that_only_fill_up_the_last_batch_of_an_evaluation_are_not_count
     for metric in ("objective/scores", "objective/kl", "objective/entropy", "rewards/letter_share"):
         assert together[f"eval_{metric}"] == pytest.approx(alone[f"eval_{metric}"], abs=1e-6), metric
     assert alone["eval_objective/scores"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_on_ranks_vllm_has_the_policys_weights_and_each_rank_gets_the_completions_of_its_prompts(runs, ranks, mode):
+    _, report = runs[ranks, f"vllm_{mode}"]
+    assert report["same"] == [[True] * 3] * (ranks if mode == "colocate" else 1)
+    assert report["completions"] == 24
+    assert report["own"]

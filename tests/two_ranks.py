@@ -8,11 +8,14 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.utils import gather_object
 from peft import LoraConfig
 
+import fake_vllm
 from test_ppo_trainer import make_trainer, prompts
+from test_vllm import watch_sampler
 
 
 def fixed_completion(prompt_ids):
@@ -98,9 +101,48 @@ def evaluate(path, folder):
     trainer.accelerator.wait_for_everyone()
 
 
+def sample_with_vllm(path, folder, mode):
+    """Three rollouts with LoRA: the sampler's weights, and which prompts a rank's completions belong to."""
+    engines = fake_vllm.install(pytest.MonkeyPatch())
+    settings = {"use_vllm": True, "vllm_mode": mode, "vllm_group_port": fake_vllm.free_port()}
+    if mode == "server" and os.environ.get("RANK", "0") == "0":  # the other rank calls no server
+        server = fake_vllm.Server(path)
+        engines, settings["vllm_server_base_url"] = [server.engine], server.url
+    batch = 8 // int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = make_trainer(
+        path,
+        folder,
+        peft_config=LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        total_episodes=24,
+        learning_rate=0.01,
+        **settings,
+    )
+    generate, completions = trainer.vllm_generation.generate, []
+
+    def kept(prompts, **arguments):
+        outputs = generate(prompts=prompts, **arguments)
+        completions.extend(zip(prompts, outputs[1], strict=True))
+        return outputs
+
+    trainer.vllm_generation.generate = kept
+    same = [watch_sampler(trainer, engine) for engine in engines]
+    trainer.train()
+    same, sampled, completions = (gather_object(rows) for rows in (same, [e.sampled for e in engines], completions))
+    if trainer.accelerator.is_main_process:
+        sampled = [list(pair) for of_engine in sampled for pair in of_engine]
+        own = [list(pair) for pair in completions]
+        report = {"same": same, "completions": len(own), "own": sorted(own) == sorted(sampled)}
+        (folder / "report.json").write_text(json.dumps(report))
+    trainer.accelerator.wait_for_everyone()
+
+
 if __name__ == "__main__":
     model_path, output = sys.argv[1], Path(sys.argv[2])
     for name, with_lora in (("full", False), ("lora", True)):
         run(model_path, output / name, with_lora)
     stop_epochs(model_path, output / "stop_epochs")
     evaluate(model_path, output / "evaluate")
+    for mode in ("colocate", "server"):
+        sample_with_vllm(model_path, output / f"vllm_{mode}", mode)

@@ -13,6 +13,7 @@ FORMULAS = (
     "gae",
     "whiten",
     "clipped_policy_loss",
+    "importance_weights",
     "clipped_value_loss",
     "next_kl_coef",
     "explained_variance",

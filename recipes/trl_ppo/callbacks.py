@@ -25,8 +25,9 @@ class RunningMean:
         self.reduce, self.sums = reduce, 0.0
 
     def add(self, values, mask):
-        """`values` where `mask` is 1; both of the same shape."""
-        self.sums = self.sums + torch.stack([(values * mask).sum(), mask.sum()]).double()
+        """`values` where `mask` is 1, but for those that are NaN; both of the same shape."""
+        mask = mask * ~values.isnan()
+        self.sums = self.sums + torch.stack([values.where(mask > 0, 0).sum(), mask.sum()]).double()
 
     def __iter__(self):
         total, count = self.reduce(self.sums).tolist()
@@ -118,7 +119,7 @@ class RolloutProgress(ProgressCallback):
 
     SHOWN: ClassVar[dict[str, str]] = {
         "objective/scores": "score {:.3f}",
-        "objective/kl": "kl {:.2f}",
+        "objective/kl": "kl {:z.2f}",  # z: 0.00, never -0.00
         "completions/mean_length": "length {:.1f}",
         "objective/kl_coef": "β {:.3f}",
         "policy/entropy_avg": "entropy {:.2f}",

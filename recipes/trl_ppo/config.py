@@ -1,10 +1,15 @@
 """`PPOConfig`: the settings of `PPOTrainer`, and which of GRPO's it refuses."""
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from .inputs import UserError
 
@@ -18,6 +23,8 @@ NOT_PPO = {
     "mask_truncated_completions": "use missing_eos_penalty",
     "max_tool_calling_iterations": "tools are not supported",
     "use_transformers_paged": "use use_transformers_continuous_batching",
+    "vllm_importance_sampling_mode": "each token's weight is held within bounds (token_truncate)",
+    "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C save anyway, at the end of a rollout",
     "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}',
 } | {
@@ -30,9 +37,6 @@ NOT_PPO = {
         "PPO here has no entropy term": "entropy_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min "
         "entropy_coef_max entropy_coef_delta entropy_target",
         "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
-        "old log-probabilities are the trainer's own": "vllm_importance_sampling_correction "
-        "vllm_importance_sampling_cap vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
-        "vllm_importance_sampling_clip_min",
     }.items()
     for name in names.split()
 }
@@ -88,6 +92,7 @@ class PPOConfig(GRPOConfig):
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
     num_generations_eval: int = setting(1, "One completion for each held-out prompt.")
+    vllm_importance_sampling_mode: str = setting("token_truncate", "Each token's weight is held within its bounds.")
     beta: float = setting(1.0, "Not PPO's; non-zero, so that the parent loads the reference.")
 
     REFUSED: ClassVar[dict[str, str]] = NOT_PPO
@@ -104,7 +109,7 @@ class PPOConfig(GRPOConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "objective/scores"
         self._round_to_rollouts()
-        self.vllm_importance_sampling_correction = False
+        self.vllm_importance_sampling_correction &= self.use_vllm
         # The parent insists on groups of two and more: show it one group the size of the rollout.
         self.num_generations = local_rollout
         super().__post_init__()
@@ -112,6 +117,12 @@ class PPOConfig(GRPOConfig):
         if self.total_episodes is not None:
             self._round_up("total_episodes", self.generation_batch_size, "completions")
             self.max_steps = self.total_episodes // self.generation_batch_size * self.steps_per_rollout
+
+    @property
+    def end_token_ids(self):
+        """The tokens that `generation_kwargs` names as ends of a completion, besides those that the model declares."""
+        ends = (self.generation_kwargs or {}).get("eos_token_id", [])
+        return [ends] if isinstance(ends, int) else ends
 
     @property
     def steps_per_rollout(self):
@@ -148,6 +159,8 @@ class PPOConfig(GRPOConfig):
                 raise ValueError(f"{name}: {getattr(self, name)} must not be negative")
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator: '{self.kl_estimator}' must be 'k1' or 'k3'")
+        if "stop_token_ids" in (self.generation_kwargs or {}):
+            raise ValueError("generation_kwargs: stop_token_ids is vLLM's name; use eos_token_id, with vLLM or without")
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
 
@@ -159,6 +172,40 @@ def check_arguments(args, train_dataset, others):
             f"train_dataset: {len(train_dataset)} prompts, but one rollout takes {args.generation_batch_size}; add "
             "prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or num_mini_batches"
         )
+    if args.use_vllm and not is_vllm_available():
+        raise UserError(
+            "use_vllm: vLLM is not installed; install a version that fits (recipes/README.md), or set false"
+        )
+    if args.use_vllm and others.get("quantization_config") is not None:
+        raise UserError(
+            "use_vllm: not with load_in_4bit or load_in_8bit; at each rollout TRL merges the adapter into these, "
+            "and rounds them anew every time, the reference's too"
+        )
     for name in ("tools", "environment_factory"):
         if others.get(name):
             raise UserError(f"{name}: not supported by PPOTrainer, whose completions are the policy's tokens alone")
+    check_engine(args)
+
+
+def check_engine(args):
+    """UserError for settings under which FSDP or DeepSpeed would not train, or save, what PPO means them to.
+
+    Under FSDP2 log-probabilities and values leave the model as they were computed; accelerate would round them to bf16.
+    """
+    if args.stop_epochs_at_kl is not None and args.deepspeed_plugin is not None:
+        raise UserError("stop_epochs_at_kl: DeepSpeed steps before it could be stopped; leave it null, use kl_target")
+    if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    needed = {
+        "version": (plugin.fsdp_version, 2, "FSDP1 is not supported"),
+        "state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT", "no model would be written"),
+        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False, "only one rank would have a reference"),
+    }
+    for name, (given, value, why) in needed.items():
+        if given != value:
+            raise UserError(f"fsdp_{name}: {given}; set it to {value} in the accelerate config ({why})")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    if dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        args.fsdp_plugin_args = (args.fsdp_plugin_args or {}) | {"mixed_precision_policy": policy}

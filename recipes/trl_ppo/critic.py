@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import disable_dropout_in_model
 
 from .inputs import UserError
@@ -30,7 +33,7 @@ class ValueHead(nn.Linear):
     def forward(self, states, tokens=None):
         """The policy's states (N, H) → values (N,)."""
         with torch.autocast(states.device.type, enabled=False):
-            return super().forward(states.float()).squeeze(-1)
+            return F.linear(states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 class ValueModel(nn.Module):
@@ -63,7 +66,8 @@ def attach_critic(policy, args, device):
     """Put the critic that the settings ask for on the policy, which is saved as if it had none."""
     config = policy.config.get_text_config()
     if args.value_model_path is None:
-        policy.critic = ValueHead(config.hidden_size, args.seed).to(device)
+        dtype = policy.dtype if is_deepspeed_zero3_enabled() else torch.float32  # ZeRO-3 wants one type of weight
+        policy.critic = ValueHead(config.hidden_size, args.seed).to(device, dtype)
     else:
         kernels = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "activation_function"}
         critic = ValueModel(args.value_model_path, config.vocab_size, dtype=torch.float32, **kernels)
@@ -97,5 +101,5 @@ def save_critic(weights, folder):
 
 
 def load_critic(critic, folder):
-    """Read `critic.safetensors`."""
-    critic.load_state_dict(load_file(Path(folder) / CRITIC))
+    """Read `critic.safetensors`, where weights are sharded each rank its share."""
+    set_model_state_dict(critic, load_file(Path(folder) / CRITIC), options=StateDictOptions(full_state_dict=True))

@@ -74,6 +74,16 @@ def clipped_value_loss(values, old_values, returns, cliprange=0.2):
     return 0.5 * torch.max(unclipped, clipped), (clipped > unclipped).float()
 
 
+def importance_weights(logprobs, sampler_logprobs, low=None, high=None):
+    """The policy's probability of each token over the sampler's, held within [low, high]; all (B, C).
+
+    Another engine samples from a distribution that differs a little from the policy's, by rounding and kernels. A
+    token's policy loss times this weight is corrected for it; the bound keeps its variance small (truncated importance
+    sampling: Yao et al. 2025, https://fengyao.notion.site/off-policy-rl). 1 where the sampler gave none (NaN).
+    """
+    return (logprobs - sampler_logprobs).nan_to_num(nan=0.0).exp().clamp(low, high)
+
+
 def next_kl_coef(kl_coef, kl, target, horizon, n):
     """β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon) after n episodes of mean KL `kl` (Ziegler et al. 2019, §2.2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)

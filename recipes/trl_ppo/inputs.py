@@ -49,16 +49,18 @@ def join(prompt, completion):
     return prompt + as_text(completion)
 
 
-def check_lengths(prompt_ids, max_completion_length, config):
+def check_lengths(prompt_ids, max_completion_length, config, vllm_max_model_length=None):
     """UserError for a prompt without tokens, and for one that leaves its completion too few positions."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = min(own, vllm_max_model_length or math.inf)
     if not all(prompt_ids):
         raise UserError("prompt: one has no tokens; leave out empty prompts")
     longest = max(map(len, prompt_ids))
     if longest + max_completion_length > positions:
         raise UserError(
             f"max_completion_length: {max_completion_length} after a prompt of {longest} tokens is more than "
-            f"the {positions} positions of the policy; lower it, or cut the prompts"
+            f"the {positions} positions of {'the policy' if positions == own else 'vllm_max_model_length'}; lower it, "
+            "or cut the prompts"
         )
 
 

@@ -5,6 +5,7 @@ not padding, H is the hidden size.
 """
 
 import functools
+import math
 import types
 from dataclasses import dataclass
 
@@ -86,17 +87,25 @@ class CompletionTokens:
         return per_token.new_zeros(self.mask.shape).masked_scatter(self.mask, per_token)
 
 
-def pad_batch(prompt_ids, completion_ids, pad_token_id):
-    """Lists of token ids → `input_ids` and `attention_mask` (B, P+C), `completion_mask` (B, C)."""
+def pad_batch(prompt_ids, completion_ids, pad_token_id, sampler_logprobs=None):
+    """Lists of token ids → `input_ids` and `attention_mask` (B, P+C), `completion_mask` (B, C).
 
-    def stack(rows, value, side):
-        return pad([torch.as_tensor(row, dtype=torch.long) for row in rows], padding_value=value, padding_side=side)
+    With the lists of log-probabilities that a sampler gave the completions (None where it gave none, which becomes
+    NaN) also `sampler_logprobs` (B, C).
+    """
+
+    def stack(rows, value, side, dtype=torch.long):
+        return pad([torch.as_tensor(row, dtype=dtype) for row in rows], padding_value=value, padding_side=side)
 
     def ones(rows):
         return [[1] * len(row) for row in rows]
 
     completion_mask = stack(ones(completion_ids), 0, "right")
-    return {
+    given = {}
+    if sampler_logprobs is not None:
+        rows = [[math.nan if logprob is None else logprob for logprob in row] for row in sampler_logprobs]
+        given = {"sampler_logprobs": stack(rows, 0.0, "right", torch.float)}
+    return given | {
         "input_ids": torch.cat(
             [stack(prompt_ids, pad_token_id, "left"), stack(completion_ids, pad_token_id, "right")], dim=1
         ),

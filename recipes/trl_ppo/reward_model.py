@@ -26,16 +26,16 @@ from .inputs import ScoreError, UserError, as_text, finite_scores, first_line, j
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
 
 
-def with_finite_scores(reward_func, timeout=None):
+def with_finite_scores(reward_func, args=None):
     """`reward_func`, synchronous or not, whose values are checked by `finite_scores` at each call.
 
-    A call that raises, or takes more than `timeout` seconds, is a `ScoreError`. Raises `UserError` for no function.
+    A call that raises, or takes more than `args.ddp_timeout` seconds, is a `ScoreError`. `UserError` for no function.
     """
     if not callable(reward_func) or isinstance(reward_func, nn.Module):
         raise UserError(
             f"reward_funcs: {reward_func!r:.60} is not a function; wrap a sequence classifier in RewardModel(path)"
         )
-    name = get_callable_name(reward_func)
+    name, timeout = get_callable_name(reward_func), args and args.ddp_timeout
 
     async def later(prompts, completions, **columns):
         with _errors_named(name):

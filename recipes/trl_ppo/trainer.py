@@ -31,6 +31,7 @@ from .critic import attach_critic, critic_weights, load_critic, save_critic, spl
 from .inputs import UserError, check_lengths
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
+from .vllm_sampler import fit_to_ppo
 
 
 class PPOTrainer(GRPOTrainer):
@@ -51,14 +52,14 @@ class PPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
         check_arguments(args, train_dataset, kwargs)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        reward_funcs = [with_finite_scores(function, args.ddp_timeout) for function in reward_funcs]
-        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
-        end_tokens = (args.generation_kwargs or {}).get("eos_token_id", [])
-        self.eos_token_ids += [end_tokens] if isinstance(end_tokens, int) else end_tokens
+        super().__init__(model, [with_finite_scores(f, args) for f in reward_funcs], args, train_dataset, **kwargs)
+        self.eos_token_ids = [*self.eos_token_ids, *args.end_token_ids]
         add_logprobs_forward(self.policy, self.temperature)
         if self.ref_model is not None:
             add_logprobs_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
         attach_critic(self.policy, args, self.accelerator.device)
+        if args.use_vllm:
+            fit_to_ppo(self.vllm_generation, self.eos_token_ids)
         for callback in (OrderByPass, LogBeforeSave, NameBaseInCard):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -125,26 +126,27 @@ class PPOTrainer(GRPOTrainer):
         advantages = formulas.whiten(advantages, mask, reduce=self._sum_over_ranks)
         if self.log_completions:
             self._keep_for_table(prompts, completions, advantages.sum(1) / mask.sum(1))
-        return {
-            **batch,
-            "old_logprobs": policy.logprobs,
-            "old_values": policy.state_values,
-            "advantages": advantages,
-            "returns": returns,
-        }
+        if self.args.vllm_importance_sampling_correction and (sampler := batch.get("sampler_logprobs")) is not None:
+            clip = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+            weights = formulas.importance_weights(policy.logprobs, sampler, *clip)
+            self._track("sampling/importance_sampling_ratio/mean", weights, mask)
+            self._track("sampling/sampling_logp_difference/mean", (policy.logprobs - sampler).abs(), mask)
+            advantages = advantages * weights  # w times an advantage is w times its clipped loss, for w ≥ 0
+        old = {"old_logprobs": policy.logprobs, "old_values": policy.state_values}
+        return batch | old | {"advantages": advantages, "returns": returns}
 
     def _sample(self, prompts):
         """`(batch, completions, completion_ids)`: padded tensors on this device; texts or messages; lists of ids."""
-        prompt_ids, completion_ids, tool_mask, completions, *_ = self._generate(prompts)
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, *_ = self._generate(prompts)
         if tool_mask is not None:
             raise UserError("rollout_func: returned env_mask, but tokens of an environment are not supported here")
-        batch = pad_batch(prompt_ids, completion_ids, self._tokenizer.pad_token_id)
+        batch = pad_batch(prompt_ids, completion_ids, self._tokenizer.pad_token_id, logprobs)
         return {name: t.to(self.accelerator.device) for name, t in batch.items()}, completions, completion_ids
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """Sample from the trainer's settings alone: `generate` fills what they leave open from the model's own."""
         policy = self.policy
-        check_lengths(prompt_ids, self.max_completion_length, policy.config)
+        check_lengths(prompt_ids, self.max_completion_length, policy.config, self.args.vllm_max_model_length)
         saved, policy.generation_config = policy.generation_config, GenerationConfig()
         try:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -184,12 +186,11 @@ class PPOTrainer(GRPOTrainer):
     def _weighted_scores(self, inputs, prompts, completions, completion_ids):
         """Σ_k w_k·r_k for this rank's completions (B,); a reward function that says None has no say in a sample."""
         per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)  # over all ranks (N, K)
-        for name, column in zip(self.reward_func_names, per_func.T, strict=True):
-            self._logs["rewards"][name].extend(column.tolist())
         start = self.accelerator.process_index * len(prompts)
-        per_func = per_func[start : start + len(prompts)]
-        for name, column in zip(self.reward_func_names, per_func.T, strict=True):
-            self._track(f"rewards/{name}", column.nan_to_num(), (~column.isnan()).float())
+        everyones, per_func = per_func, per_func[start : start + len(prompts)]
+        for name, all_ranks, column in zip(self.reward_func_names, everyones.T, per_func.T, strict=True):
+            self._logs["rewards"][name].extend(all_ranks.tolist())
+            self._track(f"rewards/{name}", column)
         silent = per_func.isnan().all(1).nonzero()
         if len(silent):
             raise UserError(f"reward_funcs: every one returned None for sample {silent[0].item()} of the rollout")
@@ -279,12 +280,10 @@ class PPOTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Trainer's gradient norm; stops before the step if it is not finite (fp16's loss scaler skips such a step)."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"gradient norm is {grad_norm} at step {self.state.global_step}; no step was taken"
-            )
-        return grad_norm
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm} at step {self.state.global_step}; no step was taken")
+        return norm
 
     def create_optimizer(self, model=None):
         """Trainer's optimiser, with the critic's own weights in a group of their own if they have a learning rate."""
@@ -343,6 +342,7 @@ class PPOTrainer(GRPOTrainer):
     def _load_best_model(self):
         super()._load_best_model()
         self._load_critic_and_state(self.state.best_model_checkpoint)
+        self._last_loaded_step = -1  # vLLM has the last step's weights
 
     def _load_critic_and_state(self, folder):
         load_state(self, folder)

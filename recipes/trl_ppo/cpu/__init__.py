@@ -18,6 +18,8 @@ from .lm_head import PackedTokens
 def speed_up(trainer):
     """Make a `PPOTrainer` on a CPU fast; the one call that the trainer makes."""
     keep_freed_memory()
+    if trainer.is_fsdp_enabled:  # its modules and weights are of types of their own
+        return
     use_tiles(trainer.policy, trainer.temperature)
     if trainer.ref_model is not None:
         use_tiles(trainer.accelerator.unwrap_model(trainer.ref_model), trainer.temperature)
