@@ -58,8 +58,8 @@ SAYS = {
     "ctrl_c": "to go on, launch: .* --resume_from_checkpoint true|stopped by Ctrl-C",
     "ctrl_c_twice": "a second signal .* leaves at once|stopped by Ctrl-C",
     "rank": "Signal 9|another rank",
-    "node": "another rank",
-    "link": "another rank",
+    "node": r"another rank|Dist\w+Error",  # while the hosts look for each other, torchrun's own
+    "link": r"another rank|Dist\w+Error",
     "disk": "No space left|disk full",
     "read_only": "Read-only|cannot be written to",
     "files": "",
