@@ -37,7 +37,7 @@ def train_and_compare(family, seed, n_prompts):
     folder = Path("runs") / family / "seeds" / str(seed)
     results = ROOT / folder / "report" / "results.json"
     if not results.exists():
-        run(PPO, "--config", family, "--seed", str(seed), "--output_dir", str(folder))
+        run(PPO, "--config", family, "--seed", str(seed), "--output_dir", str(folder), "--overwrite_output_dir", "true")
         settings = FAMILIES[family]
         rewards = [word for reward in settings["rewards"] for word in ("--reward", reward)]
         where = ["--base", f"runs/{family}/sft", "--tuned", str(folder), "--output", str(folder / "report")]

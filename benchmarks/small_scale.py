@@ -157,7 +157,7 @@ def run(name, recipe, options, folder):
         return json.loads(result.read_text())
     variant = name.removeprefix(recipe).removeprefix("_")  # none where the name is the recipe's
     config = ["--config", variant] if variant and "--config" not in options else []
-    command = [sys.executable, f"recipes/{recipe}.py", *config]
+    command = [sys.executable, f"recipes/{recipe}.py", *config, "--overwrite_output_dir", "true"]
     own_folder = [] if name.endswith("_scratch") or "--output_dir" in options else ["--output_dir", str(folder)]
     started = time.monotonic()
     done = subprocess.run([*command, *options.split(), *own_folder], cwd=ROOT, capture_output=True, text=True)

@@ -10,6 +10,7 @@ be a field of one of the dataclasses, and its value must have the field's type.
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import json
 import os
 import random
@@ -18,16 +19,21 @@ import sys
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Union, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from requests import RequestException
+from safetensors import SafetensorError
 from trl import ScriptArguments, TrlParser
 
 from trl_ppo.inputs import ScoreError, UserError, check_numbers, first_line, is_messages, looks_local
 
 HERE = Path(__file__).resolve().parent
+LIBRARIES = {  # words in a RuntimeError of torch's that is no bug, and what they mean
+    "inline_container": "a file could not be written to its end; is the disk full? ",
+    "gloo": "another rank ended, or cannot be reached: ",
+}
 
 
 @contextmanager
@@ -47,6 +53,15 @@ def one_line_errors():
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ScoreError):
             print(first_line(error) if ours else f"{library}: {first_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # this machine's, so each rank speaks for itself
+        what = next((meaning for sign, meaning in LIBRARIES.items() if sign in str(error)), "")
+        if isinstance(error, RuntimeError) and not what:
+            raise
+        print(what + first_line(error), file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _refused_by(error) -> str | None:
@@ -207,8 +222,62 @@ def _option(help, default=None):
 
 
 @dataclasses.dataclass(kw_only=True)
-class RecipeArguments(ScriptArguments):
-    """TRL's `ScriptArguments`, and what every recipe that can train an adapter takes."""
+class OutputArguments(ScriptArguments):
+    """TRL's `ScriptArguments`, and what every recipe takes that writes to `output_dir`."""
+
+    overwrite_output_dir: bool = _option("Train into a folder that holds a run; its checkpoints are set aside.", False)
+
+    CHECKPOINT_FILES: ClassVar[tuple] = ()  # what a checkpoint must hold besides Trainer's files
+
+    def claim_output_dir(self, training_args) -> None:
+        """Take `output_dir` for this run alone, and put the checkpoint to resume from, or None, into `training_args`.
+
+        UserError for a folder that cannot be written to, that another run is writing to, or that holds a run already.
+        """
+        from trl_ppo.checkpoints import checkpoint_to_resume, numbered, set_aside  # torch waits until here
+
+        folder, main = Path(training_args.output_dir), training_args.process_index == 0
+        if main:
+            lock_folder(folder)
+        given = training_args.resume_from_checkpoint
+        training_args.resume_from_checkpoint = checkpoint_to_resume(given, training_args, self.CHECKPOINT_FILES)
+        if not main or training_args.resume_from_checkpoint is not None:
+            return
+        there = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+        there += [path.name for path in numbered(folder)]
+        if there and not self.overwrite_output_dir:
+            goes_on = "--resume_from_checkpoint true to go on with it, " if numbered(folder) else ""
+            raise UserError(
+                f"output_dir: '{folder}' holds a run already ({there[-1]}); give {goes_on}another output_dir, or "
+                "--overwrite_output_dir true"
+            )
+        set_aside(numbered(folder))
+
+
+_LOCKS: dict[Path, int] = {}  # folder → its descriptor; the lock on it ends with this process, however that ends
+
+
+def lock_folder(folder: Path) -> None:
+    """Make `folder` and lock it; UserError if it cannot be written to, or another run has locked it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: '{folder}' cannot be made: {error.strerror}; give another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir: '{folder}' cannot be written to; give another folder, or the right to write")
+    if folder not in _LOCKS:
+        _LOCKS[folder] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(_LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"output_dir: another run is writing to '{folder}'; end it, or give another folder") from error
+    except OSError:  # a file system without locks
+        pass
+
+
+@dataclasses.dataclass(kw_only=True)
+class RecipeArguments(OutputArguments):
+    """What every recipe that can train an adapter takes."""
 
     merge_adapter: bool = _option("With use_peft: write adapter and base as one model to output_dir/merged.", False)
 
@@ -246,6 +315,8 @@ class PPOArguments(RecipeArguments):
     min_prompt_tokens: int = _option("The same in tokens, before they are cut.", 1)
     max_prompt_tokens: int | None = _option("Leave out longer ones.")
     test_prompts: int = _option("Held-out prompts to evaluate on, from the first on.", 512)
+
+    CHECKPOINT_FILES: ClassVar[tuple] = ("critic.safetensors", "ppo_state.json")
 
     def check(self, training_args, model_args) -> None:
         """UserError for rewards that cannot be had, and for what does not go together; loads no model."""

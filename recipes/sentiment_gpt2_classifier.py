@@ -26,10 +26,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from preferences import check_length, report
-from recipe_args import UserError, check_model, one_line_errors, parse
+from recipe_args import OutputArguments, UserError, check_model, one_line_errors, parse
 from sentiment_gpt2_reward import load_either
 from trl_ppo import RewardModel
 from trl_ppo.reward_model import encode
@@ -38,7 +38,7 @@ LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
 
 
 @dataclass(kw_only=True)
-class ClassifierArguments(ScriptArguments):
+class ClassifierArguments(OutputArguments):
     """What this recipe takes besides transformers' settings."""
 
     max_length: int = field(default=512, metadata={"help": "Tokens of a text; longer ones lose their beginning."})
@@ -83,6 +83,7 @@ def tokenize_sides(pairs, tokenizer, label, max_length):
 def main(script_args: ClassifierArguments, training_args: TrainingArguments, model_args: ModelConfig):
     if model_args.use_peft:
         raise UserError("use_peft: true, but this recipe trains whole models; set use_peft: false")
+    script_args.claim_output_dir(training_args)
     seed, max_length = training_args.seed, script_args.max_length
     if not script_args.scratch_layers:
         path = model_args.model_name_or_path

@@ -23,7 +23,7 @@ SECONDS = 300  # for one mutant; a hang is noticed too
 FORMULAS, TRAINER, RESUME = (f"tests/test_ppo_{name}.py" for name in ("formulas", "trainer", "resume"))
 LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks", "device"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
-FIDELITY, VLLM = "tests/test_fidelity.py", "tests/test_vllm.py"
+FAULTS, FIDELITY, VLLM = (f"tests/test_{name}.py" for name in ("faults", "fidelity", "vllm"))
 
 
 class Mutant(NamedTuple):
@@ -168,20 +168,35 @@ MUTANTS = [
     Mutant("a separate critic keeps its dropout", "disable_dropout_in_model(self.trunk)", "pass", TRAINER),
     Mutant("the critic is written into the policy",
            "policy._keys_to_ignore_on_save |= names |", "policy._keys_to_ignore_on_save |= set() |", TRAINER),
-    Mutant("beta is not restored", "self.__dict__.update(json.loads(", "dict().update(json.loads(", RESUME),
+    Mutant("beta is not restored",
+           'trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]', "pass", RESUME),
     Mutant("the critic is not restored", "load_critic(self.policy.critic, folder)", "pass", RESUME),
     Mutant("a finished run takes a further step",
-           "if 0 < self.args.max_steps <= state.global_step:", "if False:", RESUME),
+           "if 0 < self.args.max_steps <= self.state.global_step:", "if False:", RESUME),
     Mutant("the order of prompts does not change with the pass",
            "sampler.seed + int(state.epoch or 0)", "sampler.seed", RESUME),
     Mutant("the order of prompts is TRL's", 'if getattr(sampler, "shuffle", False):', "if False:", RESUME),
     Mutant("a resumed run logs other means", "control.should_log |= control.should_save", "pass", RESUME),
-    Mutant("the last checkpoint chosen by name", 'int(path.name.rpartition("-")[2])', "path.name", RESUME),
-    Mutant("a checkpoint without its random state taken for whole",
-           'and len(list(folder.glob("rng_state*.pth"))) >= num_ranks', "", RESUME),
-    Mutant("a checkpoint without the random state of one rank taken for whole", ">= num_ranks", ">= 1", RESUME),
+    Mutant("the newest checkpoint chosen by name",
+           "sorted(found, key=_step, reverse=True)", "sorted(found)[::-1]", FAULTS),
+    Mutant("a copy of a checkpoint is taken for one",
+           'if path.name.partition("-")[2].isdecimal()', 'if path.name[11:12].isdecimal()', FAULTS),
+    Mutant("a checkpoint without its random state taken for whole", '[TRAINER_STATE, f"rng_state_{rank}.pth" if rank '
+           'else "rng_state*.pth", *also]', "[TRAINER_STATE, *also]", FAULTS),
+    Mutant("a file that is cut off taken for whole", "if not _is_whole(path)]", "if False]", FAULTS),
+    Mutant("a checkpoint that one rank lacks is resumed from",
+           "for theirs in of_ranks]", "for theirs in of_ranks[:1]]", FAULTS),
     Mutant("a named checkpoint that is not whole is resumed from",
-           "if given and not is_complete(given):", "if False:", RESUME),
+           "        if not newest:\n            raise UserError(",
+           "        if False:\n            raise UserError(", FAULTS),
+    Mutant("newer checkpoints stay", "if _step(path) > step]", "if False]", FAULTS),
+    Mutant("a run goes on with what it cannot change",
+           "for name in set(FIXED) & set(other):", "for name in ():", FAULTS),
+    Mutant("a signal stops within a rollout",
+           "if state.global_step % args.steps_per_rollout == 0:", "if True:", FAULTS),
+    Mutant("a signal stops without saving", 'for what in ("log", "save", "training_stop")',
+           'for what in ("log", "training_stop")', FAULTS),
+    Mutant("a reward function may take for ever", "signal.alarm(seconds)", "0", FAULTS),
     # vLLM as the sampler
     Mutant("the critic is sent to vLLM", 'if not pair[0].startswith("critic.")', "if True", VLLM),
     Mutant("vLLM stops at end tokens of its own", '"ignore_eos": True', '"ignore_eos": False', VLLM),
@@ -251,7 +266,8 @@ MUTANTS = [
     Mutant("too few scores let through", "if len(values) != len(completions):", "if False:", REWARDS),
     Mutant("a text loses its end, not its beginning",
            'tokenizer.truncation_side, "left"', 'tokenizer.truncation_side, "right"', REWARDS),
-    Mutant("a classifier without a trained head scores", 'if info["missing_keys"] and not may_lack:', "if False:", REWARDS),
+    Mutant("a classifier without a trained head scores",
+           'if info["missing_keys"] and not may_lack:', "if False:", REWARDS),
     Mutant("scores in the order of their lengths",
            "scores[i] = score", "scores[start + batch.index(i)] = score", REWARDS),
 ]  # fmt: skip

@@ -7,12 +7,11 @@ from contextlib import suppress
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from test_ppo_trainer import make_trainer, prompts
 from trl_ppo import PPOConfig
-from trl_ppo.critic import is_complete, last_checkpoint
 
 TIMINGS = ("time/", "step_time", "runtime", "samples_per_second", "steps_per_second", "total_flos")
 
@@ -103,51 +102,11 @@ def test_resuming_where_there_is_no_checkpoint_starts_from_the_beginning(gpt2_pa
     assert trainer.state.global_step == 8
 
 
-def test_a_half_written_checkpoint_is_never_picked_up(gpt2_path, tmp_path):
-    trainer = job(gpt2_path, tmp_path, num_train_epochs=1)
-    trainer.train()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
-    state = tmp_path / "checkpoint-8" / "trainer_state.json"
-    state.write_text(state.read_text()[:-40])
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    (tmp_path / "checkpoint-12").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert not is_complete(tmp_path / "checkpoint-8")
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-8' is not a complete checkpoint"):
-        job(gpt2_path, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-
-
 def test_the_model_card_of_a_run_from_a_local_folder_names_it(gpt2_path, tmp_path):
     job(gpt2_path, tmp_path, max_steps=4).train()
     card = (tmp_path / "README.md").read_text()
     assert f"This model is a fine-tuned version of `{gpt2_path}`" in card
     assert "None" not in card
-
-
-def test_the_last_checkpoint_is_that_of_the_most_steps(gpt2_path, tmp_path):
-    job(gpt2_path, tmp_path, max_steps=16, save_steps=8).train()
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-16"}
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
-
-
-def test_a_checkpoint_without_its_random_state_is_passed_over(gpt2_path, tmp_path):
-    job(gpt2_path, tmp_path, num_train_epochs=1).train()
-    (state,) = (tmp_path / "checkpoint-8").glob("rng_state*.pth")
-    state.unlink()
-    assert not is_complete(tmp_path / "checkpoint-8")
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-
-
-def test_a_checkpoint_without_the_random_state_of_every_rank_is_passed_over(gpt2_path, tmp_path):
-    """The first rank may have written all of its own before another comes to it."""
-    job(gpt2_path, tmp_path, num_train_epochs=1).train()
-    critic = tmp_path / "checkpoint-8" / "critic.safetensors"
-    save_file(load_file(critic), critic, metadata={"num_ranks": "2"})
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    (critic.parent / "rng_state_1.pth").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
-    critic.unlink()
-    assert not is_complete(critic.parent)
 
 
 def test_every_pass_over_the_prompts_has_an_order_of_its_own(gpt2_path, tmp_path):
@@ -209,7 +168,6 @@ def test_the_best_checkpoint_by_held_out_score_is_loaded_at_the_end(gpt2_path, t
     best = max(scores, key=scores.get)
     assert trainer.state.best_metric == scores[best]
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    from safetensors.torch import load_file
 
     saved = load_file(tmp_path / f"checkpoint-{best}" / "critic.safetensors")
     assert torch.equal(trainer.policy.critic.weight, saved["weight"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
+from safetensors import SafetensorError
 from trl import GRPOConfig, ModelConfig, RewardConfig, ScriptArguments
 
 import recipe_args
@@ -295,9 +296,37 @@ def test_a_model_that_is_out_of_reach_is_named(capsys):
 
 
 def test_errors_that_may_be_bugs_keep_their_traceback():
-    for error in (ValueError("from elsewhere"), RuntimeError("shapes"), OSError(28, "No space left on device")):
+    for error in (ValueError("from elsewhere"), RuntimeError("shapes"), KeyError("name")):
         with pytest.raises(type(error)), one_line_errors():
             raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576"), "is the disk full? [enforce"),
+        (
+            RuntimeError("[gloo/pair.cc:534] Connection closed by peer"),
+            "another rank ended, or cannot be reached: [gloo",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_do_is_one_line_on_every_rank(error, said, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise error
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 
 def test_a_reward_model_that_cannot_be_used_is_one_line(bert_path, capsys):

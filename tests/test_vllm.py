@@ -14,7 +14,7 @@ import fake_vllm
 from recipe_args import one_line_errors
 from test_ppo_trainer import history, make_trainer, prompts, roll_out
 from trl_ppo import PPOConfig, importance_weights
-from trl_ppo.critic import is_complete, last_checkpoint
+from trl_ppo.checkpoints import PPO_FILES, damage, numbered
 from trl_ppo.formulas import clipped_policy_loss
 
 LORA = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
@@ -313,8 +313,8 @@ def test_a_server_that_dies_ends_the_run_and_one_that_comes_back_gets_all_weight
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert f"host='127.0.0.1', port={dying.port}" in said.splitlines()[-1]
-    assert last_checkpoint(tmp_path).endswith("checkpoint-4")
-    assert is_complete(tmp_path / "checkpoint-4")
+    assert numbered(tmp_path)[0].name == "checkpoint-4"
+    assert damage(tmp_path / "checkpoint-4", also=PPO_FILES) is None
 
     server = serve(port=dying.port)
     trainer = job(gpt2_path, tmp_path, rollouts=4, **of_server(server), **set)

@@ -1,12 +1,19 @@
 """Callbacks of a PPO run, the running means that it logs, and its clock."""
 
 import math
+import os
+import shlex
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
+
+RESUME = " --resume_from_checkpoint true"
 
 
 def now(device):
@@ -55,6 +62,48 @@ class LogBeforeSave(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Called after each optimiser step."""
         control.should_log |= control.should_save
+
+
+class StopOnSignal(TrainerCallback):
+    """Around a trainer's `train`: SIGTERM or Ctrl-C saves and stops at the rollout's end, a second one ends it at once.
+
+    Every rank stops at the same rollout, whichever got the signal. `train` then ends as `SystemExit` of status 128 +
+    the signal's number. (Trainer's `enable_jit_checkpoint` saves within a rollout, and each rank when it hears of it.)
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.received, self.stopped, self.before = trainer, 0, 0, {}
+
+    def __enter__(self):
+        self.trainer.add_callback(self)
+        if threading.current_thread() is threading.main_thread():  # no other one gets signals
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        """Called at the first signal, in the middle of whatever runs."""
+        self.received = number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        if self.trainer.is_world_process_zero():
+            os.write(2, b"\nstopping: saves at the end of this rollout; a second signal (Ctrl-C) leaves at once\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called after each optimiser step; a run resumes exactly from the end of a rollout only."""
+        if state.global_step % args.steps_per_rollout == 0:
+            received = torch.tensor([self.received], device=args.device)
+            self.stopped = int(self.trainer.accelerator.gather(received).max())
+            for what in ("log", "save", "training_stop") if self.stopped else ():
+                setattr(control, f"should_{what}", True)
+
+    def __exit__(self, error, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.trainer.remove_callback(self)
+        if self.stopped and error is None:
+            command = shlex.join(sys.argv).removesuffix(RESUME) + RESUME
+            said = f"stopped after step {self.trainer.state.global_step}, saved; to go on, launch: {command}"
+            self.trainer.accelerator.print(said, flush=True)
+            raise SystemExit(128 + self.stopped)
 
 
 class NameBaseInCard(TrainerCallback):

@@ -28,6 +28,7 @@ NOT_PPO = {
     "use_transformers_paged": "use use_transformers_continuous_batching",
     "vllm_importance_sampling_mode": "each token's weight is held within bounds (token_truncate)",
     "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C save anyway, at the end of a rollout",
     "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}',
 } | {
     name: advice

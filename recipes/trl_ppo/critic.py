@@ -3,13 +3,10 @@
 Shapes: N completion tokens, H the hidden size.
 """
 
-import json
 import math
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -103,41 +100,10 @@ def critic_weights(critic, state_dict=None):
 
 
 def save_critic(weights, folder):
-    """Write `critic.safetensors`, which says how many ranks there were."""
-    weights = {name: weight.contiguous().cpu() for name, weight in weights.items()}
-    save_file(weights, Path(folder) / CRITIC, metadata={"num_ranks": str(PartialState().num_processes)})
+    """Write `critic.safetensors`."""
+    save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, Path(folder) / CRITIC)
 
 
 def load_critic(critic, folder):
     """Read `critic.safetensors`, where weights are sharded each rank its share."""
     set_model_state_dict(critic, load_file(Path(folder) / CRITIC), options=StateDictOptions(full_state_dict=True))
-
-
-def is_complete(checkpoint):
-    """Whether a checkpoint was written to its end; a finished run's folder is none.
-
-    The first rank writes the trainer's state last; the random state of another may come later still.
-    """
-    folder = Path(checkpoint)
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text())
-        with safe_open(folder / CRITIC, "pt") as critic:
-            num_ranks = int((critic.metadata() or {}).get("num_ranks", 1))
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return "global_step" in state and len(list(folder.glob("rng_state*.pth"))) >= num_ranks
-
-
-def last_checkpoint(folder):
-    """The complete checkpoint of the most steps in `folder`, or None; half-written ones are passed over."""
-    complete = [path for path in Path(folder).glob("checkpoint-*") if is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def checkpoint_to_resume(given, output_dir):
-    """The folder to resume from, None for a fresh start; `True` (or "true") means the last complete one, if any."""
-    if str(given).lower() == "true":
-        return last_checkpoint(output_dir)
-    if given and not is_complete(given):
-        raise UserError(f"resume_from_checkpoint: '{given}' is not a complete checkpoint")
-    return given or None

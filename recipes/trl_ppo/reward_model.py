@@ -5,6 +5,7 @@
 [3.1]
 """
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -21,24 +22,25 @@ from .loading import check_usable, load_whole, whole_on_every_rank
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
 
 
-def with_finite_scores(reward_func):
+def with_finite_scores(reward_func, args=None):
     """`reward_func`, synchronous or not, whose values are checked by `finite_scores` at each call.
 
-    Raises `UserError` if it is no function.
+    A call that raises, or takes more than `args.ddp_timeout` seconds, is a `ScoreError`. `UserError` for no function.
     """
     if not callable(reward_func) or isinstance(reward_func, nn.Module):
         raise UserError(
             f"reward_funcs: {reward_func!r:.60} is not a function; wrap a sequence classifier in RewardModel(path)"
         )
-    name = get_callable_name(reward_func)
+    name, timeout = get_callable_name(reward_func), args and args.ddp_timeout
 
     async def later(prompts, completions, **columns):
         with reward_failures(name):
-            values = await reward_func(prompts=prompts, completions=completions, **columns)
+            call = reward_func(prompts=prompts, completions=completions, **columns)
+            values = await asyncio.wait_for(call, timeout)
         return finite_scores(name, values, prompts, completions)
 
     def at_once(prompts, completions, **columns):
-        with reward_failures(name):
+        with reward_failures(name, seconds=timeout):
             values = reward_func(prompts=prompts, completions=completions, **columns)
         return finite_scores(name, values, prompts, completions)
 

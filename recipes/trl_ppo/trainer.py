@@ -10,7 +10,6 @@ Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (1909.0859
 Huang et al. 2024 (2403.17031).
 """
 
-import json
 import math
 from pathlib import Path
 from typing import ClassVar
@@ -24,9 +23,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from . import cpu_folder, formulas
-from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, now
+from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, StopOnSignal, now
+from .checkpoints import PPO_FILES, checkpoint_to_resume, load_state, save_state
 from .config import PPOConfig, check_arguments
-from .critic import attach_critic, checkpoint_to_resume, critic_weights, load_critic, save_critic, split_group
+from .critic import attach_critic, critic_weights, load_critic, save_critic, split_group
 from .inputs import ScoreError, UserError, check_lengths
 from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
@@ -52,13 +52,11 @@ class PPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
         check_arguments(model, args, train_dataset, kwargs)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        super().__init__(model, [with_finite_scores(f) for f in reward_funcs], args, train_dataset, **kwargs)
+        super().__init__(model, [with_finite_scores(f, args) for f in reward_funcs], args, train_dataset, **kwargs)
         self.eos_token_ids = [*self.eos_token_ids, *args.end_token_ids]
         check_usable(self.policy, self._tokenizer)
-        head = self.temperature, args.cast_lm_head_to_fp32
-        add_logprobs_forward(self.policy, *head)
-        if self.ref_model is not None:
-            add_logprobs_forward(self.accelerator.unwrap_model(self.ref_model), *head)
+        for model in [self.policy] if self.ref_model is None else [self.policy, self.ref_model]:
+            add_logprobs_forward(self.accelerator.unwrap_model(model), self.temperature, args.cast_lm_head_to_fp32)
         attach_critic(self.policy, args, self.accelerator.device)
         if args.use_vllm:
             fit_to_ppo(self.vllm_generation, self.eos_token_ids)
@@ -66,8 +64,7 @@ class PPOTrainer(GRPOTrainer):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RolloutProgress)
-        self.kl_coef = args.kl_coef
-        self.score_sums = [0.0, 0.0, 0.0]  # of 1, score and score², for score_norm
+        self.kl_coef, self.score_sums = args.kl_coef, [0.0, 0.0, 0.0]  # sums of 1, score and score², for score_norm
         self._rollout, self._mini_batch_kl, self._skip_epochs = None, 0.0, False  # two for stop_epochs_at_kl
         if (cpu := cpu_folder(self.accelerator.device)) is not None:
             cpu.speed_up(self)
@@ -328,19 +325,19 @@ class PPOTrainer(GRPOTrainer):
         super()._save(str(folder), state_dict)
         if self.args.should_save:
             save_critic(weights, folder)
-            (folder / "ppo_state.json").write_text(json.dumps({"kl_coef": self.kl_coef, "score_sums": self.score_sums}))
+            save_state(self, folder)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trainer's `train`; `True` (or "true") resumes from the last complete checkpoint, if there is one."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        """Trainer's `train`; `True` (or "true") resumes from the newest whole checkpoint, if there is one."""
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, PPO_FILES)
         if checkpoint:
             self._load_critic_and_state(checkpoint)
-            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-            if 0 < self.args.max_steps <= state.global_step:  # Trainer would take one step more
+            self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if 0 < self.args.max_steps <= self.state.global_step:  # Trainer would take one step more
                 self._load_from_checkpoint(checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                return TrainOutput(self.state.global_step, 0.0, {})
+        with StopOnSignal(self):
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -348,6 +345,6 @@ class PPOTrainer(GRPOTrainer):
         self._last_loaded_step = -1  # vLLM has the last step's weights
 
     def _load_critic_and_state(self, folder):
-        self.__dict__.update(json.loads((Path(folder) / "ppo_state.json").read_text()))
+        load_state(self, folder)
         if not self.is_deepspeed_enabled:  # whose engine loads the critic with the policy
             load_critic(self.policy.critic, folder)
