@@ -40,7 +40,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml
 
 # Data, language model, reward model, PPO and report of the toy reviews; offline once installed.
 demo: export HF_HUB_OFFLINE = 1

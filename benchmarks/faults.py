@@ -64,8 +64,8 @@ SAYS = {
     "read_only": "Read-only|cannot be written to",
     "files": "",
     "two_runs": "output_dir: .*(another run is writing|holds a run already)",
-    "raises": r"reward function 'scorer' raised ConnectionError at .*faults.py:\d+: the scorer is down",
-    "hangs": r"reward function 'scorer' raised TimeoutError at .*faults.py:\d+: no scores after",
+    "raises": "reward function 'scorer' failed: ConnectionError: the scorer is down",
+    "hangs": "reward function 'scorer' failed: TimeoutError: no scores after",
     "nan": "reward function 'scorer' returned nan for sample",
 }
 NEEDS_ROOT = ("node", "link", "disk", "read_only")

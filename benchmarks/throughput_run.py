@@ -342,14 +342,13 @@ def measure(side, job, folder, rollouts):
         "scoring_seconds": score,
         "update_seconds": seconds / rollouts - rollout - score,
         "peak_memory_gb": peak_memory(),
-        # What the allocator held: what a card must have.
-        "peak_gpu_gb": torch.cuda.max_memory_reserved() / 1e9 if gpu else None,
+        "peak_gpu_gb": peak_gpu_memory(),
         "memory_at_start_gb": memory_at_start,
         "prompt_tokens": sum(call["prompt_tokens"] for call in asked),
         "new_tokens": sum(call["new_tokens"] for call in asked),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -357,6 +356,16 @@ def peak_memory():
     """The most of this process that was resident at once, so far; GB."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def peak_gpu_memory():
+    """The most that the allocator held on the GPU, which a card must have; GB, None without one."""
+    return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
+
+
+def versions():
+    """Of Python and the packages that matter."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def make_parser():

@@ -31,6 +31,7 @@ from eval.best_of_n import compare_at_equal_kl, measure_best_of_n
 from eval.generation import CompletionLog, generate, sequence_logprobs
 from eval.loading import (
     at_least,
+    check_language_model,
     check_vocabulary,
     generation_config,
     load_model,
@@ -52,7 +53,7 @@ from eval.report import SCHEMA_VERSION, print_table, write_atomically, write_rep
 from eval.scores import Reward, RewardSpec, load_rewards, parse_rewards, score
 from eval.targets import Target, check_output, find_targets
 from eval.training import read_curves
-from recipe_args import OneLineParser, check_model
+from recipe_args import OneLineParser
 from trl_ppo import cpu_folder
 from trl_ppo.inputs import UserError
 from trl_ppo.logprobs import add_logprobs_forward
@@ -118,10 +119,10 @@ def make_plan(args) -> Plan:
     specs = parse_rewards(args.reward, args.judge)
     if args.prompt_tokens and args.prompt_tokens[0] > args.prompt_tokens[1]:
         raise UserError("--prompt_tokens {} {}: MIN is above MAX".format(*args.prompt_tokens))
-    configs = {args.base: check_model("--base", args.base)}
+    configs = {args.base: check_language_model("--base", args.base)}
     option = "--runs" if args.runs else "--sweep" if args.sweep else "--tuned"
     for target in targets:
-        configs[target.path] = check_model(option, target.path)
+        configs[target.path] = check_language_model(option, target.path)
     prompts = load_prompts(args.prompts, args.split, args.prompt_column, args.n_prompts, args.reference_column)
     pairs = load_pairs(args.pairs, args.split, args.n_pairs) if args.pairs else None
     tokenizer = load_tokenizer(args.base)
@@ -144,6 +145,10 @@ def make_plan(args) -> Plan:
             for each in targets
         },
     }
+    size = configs[args.base].get_text_config().vocab_size
+    for log in logs.values():
+        if any(max(ids) >= size for ids in log.ids.values()):
+            raise UserError(f"{log.path}: holds token ids that the models of {size} tokens have not; delete the file")
     return Plan(targets, configs, specs, load_rewards(specs), prompts, tokenizer, eos, pairs, sources, few, logs)
 
 

@@ -18,8 +18,8 @@ class CompletionLog:
     """A JSONL file of completions as they are made, from which a run that was stopped goes on.
 
     Its first line is the fingerprint: whatever decides the completions. A line for each sample follows,
-    `{"batch", "index", "ids", "completion"}`, synced to disk a batch at a time. UserError when the file was made
-    with another fingerprint; with `overwrite` such a file is replaced when the first batch is there.
+    `{"index", "ids", "completion", "last"}`, synced to disk a batch at a time. UserError when the file holds other
+    things, or was made with another fingerprint; with `overwrite` the latter is replaced when the first batch is there.
     """
 
     def __init__(self, path: Path, fingerprint: dict, overwrite: bool = False):
@@ -27,11 +27,13 @@ class CompletionLog:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.ids: dict[int, list[int]] = {}
         self._end = 0  # of the last whole batch, in bytes
-        if path.is_file():
+        if path.exists():
             self._read(overwrite)
         self.resumed = len(self.ids)
 
     def _read(self, overwrite: bool) -> None:
+        if not self.path.is_file():
+            raise UserError(f"{self.path} is no file; give another --output")
         with self.path.open("rb") as stream:
             theirs = _whole_line(stream.readline())
             if theirs is not None and theirs != self.fingerprint:
@@ -46,6 +48,8 @@ class CompletionLog:
             self._end = stream.tell()
             batch: dict[int, list[int]] = {}
             while (line := _whole_line(stream.readline())) is not None:
+                if not _is_sample(line):
+                    raise UserError(f"{self.path}: {line!r:.60} is no sample of this program; delete the file")
                 batch[line["index"]] = line["ids"]
                 if line["last"]:  # of its batch: a torn batch is made again
                     self.ids |= batch
@@ -77,8 +81,14 @@ def _whole_line(line: bytes) -> dict | None:
         return None
 
 
+def _is_sample(line) -> bool:
+    ids = line.get("ids") if isinstance(line, dict) and {"index", "last"} <= {*line} else None
+    return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= 0 for i in ids)
+
+
 def _difference(theirs: dict, ours: dict) -> str:
     """The first setting in which two fingerprints differ, with both values."""
+    theirs = theirs if isinstance(theirs, dict) else {}
     name = next(name for name in [*ours, *theirs] if theirs.get(name) != ours.get(name))
     return f"{name} ({theirs.get(name)}, now {ours.get(name)})"
 

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from recipe_args import check_model
 from trl_ppo.inputs import UserError, first_line
+from trl_ppo.loading import check_usable, load_skeleton, load_whole
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `lowest` up."""
+def at_least(lowest: int, most: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `lowest` up, to `most`."""
 
     def whole_number(text: str) -> int:
         number = int(text)
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}, not {number}")
+        if not lowest <= number <= most:
+            up_to = f" and at most {most}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be at least {lowest}{up_to}, not {number}")
         return number
 
     return whole_number
@@ -60,26 +62,34 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
+def check_language_model(option: str, path: str) -> PreTrainedConfig:
+    """The model's configuration; UserError unless its files hold every weight and, if any, a tokenizer of its own."""
+    config = check_model(option, path)
+    if not is_adapter(path):
+        skeleton = load_skeleton(path, f"{option}: ")
+        if not Path(path).is_dir() or any(Path(path).glob("tokenizer*")):
+            check_usable(skeleton, load_tokenizer(path))
+    return config
+
+
 def load_model(path: str) -> torch.nn.Module:
     """The causal LM in float32, on the GPU if there is one; an adapter is merged into its base model."""
-    try:
-        model = _load_adapter(path) if is_adapter(path) else _load_whole(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: no causal language model can be loaded from there: {first_line(error)}") from error
+    if is_adapter(path):
+        model = _load_adapter(path)
+    else:
+        model = load_whole(AutoModelForCausalLM, path, "a language model", dtype=torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _load_whole(path: str) -> torch.nn.Module:
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:  # transformers fills these with noise and carries on
-        raise ValueError(f"its weights lack {min(info['missing_keys'])}")
-    return model
 
 
 def _load_adapter(path: str) -> torch.nn.Module:
     from peft import AutoPeftModelForCausalLM
 
-    return AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
+    except Exception as error:  # a user's folder may be wrong in any way
+        raise UserError(f"{path}: no language model can be loaded from there: {first_line(error)}") from error
+    check_usable(model)
+    return model
 
 
 def check_vocabulary(base: PreTrainedConfig, tuned: PreTrainedConfig, tokenizer, tuned_path: str) -> None:

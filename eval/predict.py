@@ -21,9 +21,9 @@ from pathlib import Path
 from rich.console import Console
 
 from data_prep.summarize_from_feedback import format_post
-from eval.loading import at_least, load_model, load_tokenizer, set_stop_ids, stop_ids
+from eval.loading import at_least, check_language_model, load_model, load_tokenizer, set_stop_ids, stop_ids
 from eval.streaming import Predictor, Prompt, encode_prompt, printable, show_beside, show_plainly
-from recipe_args import OneLineParser, check_model
+from recipe_args import OneLineParser
 from trl_ppo.inputs import UserError
 
 
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=at_least(1), help="default 64, fewer where the model has no more positions")
     add("--temperature", type=_zero_or_more, default=1.0, help="0 takes the likeliest token each time (default 1)")
     add("--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this total chance (default 1)")
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=at_least(0, 2**32 - 1), default=0)
     return parser
 
 
@@ -143,7 +143,7 @@ def load_predictors(args) -> list[Predictor]:
     """The base model, where there is one, then the model; UserError before any loads if one of them cannot be used."""
     paths = {"base": args.compare, "tuned": args.model} if args.compare else {"model": args.model}
     for name, path in paths.items():
-        check_model("--compare" if name == "base" else "--model", path)
+        check_language_model("--compare" if name == "base" else "--model", path)
     tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
     for name, path in paths.items():
         if args.chat and not tokenizers[name].chat_template:
@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, str]]:
         return run(prompts, predictors, args, typed)
     except UserError as error:
         parser.error(str(error))
+    except UnicodeDecodeError as error:
+        parser.error(f"what is piped in is not {error.encoding}: {error.reason}")
     except KeyboardInterrupt:
         parser.exit(130, "\neval.predict: interrupted\n")
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from eval.tables import NONE, Table, facts, label_of, sentences, table_rows, tables, title_of, worst
 from recipe_args import OneLineParser
+from trl_ppo.inputs import first_line
 
 SCHEMA_VERSION = 2
 TABLE_WIDTH = 140  # characters, where the output is not a terminal and so has no width of its own
@@ -99,7 +100,7 @@ def read_results(path: Path) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
@@ -114,8 +115,9 @@ def write_report(results_path: Path) -> list[Path]:
     results = read_results(results_path)
     try:
         rendered = {"report.md": render(results), "report.html": render_page(results)}
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ReportError(f"{results_path} is not whole: {type(error).__name__} {error}") from error
+        "".join(rendered.values()).encode()
+    except Exception as error:  # a file that something else wrote, or changed, may be wrong in any way
+        raise ReportError(f"{results_path} is not whole: {type(error).__name__} {first_line(error)}") from error
     for name, text in rendered.items():
         write_atomically(results_path.with_name(name), text)
     return [results_path.with_name(name) for name in rendered]

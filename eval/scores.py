@@ -9,7 +9,7 @@ from eval.prompts import Prompts
 from recipe_args import check_path
 from rewards import find_function
 from trl_ppo import RewardModel
-from trl_ppo.inputs import UserError, finite_scores, first_line
+from trl_ppo.inputs import UserError, finite_scores, first_line, reward_failures
 
 FUNCTION = re.compile(r"[\w./~-]+:[A-Za-z_]\w*")
 REWARD_NAME = re.compile(r"[\w.-]+")
@@ -77,13 +77,8 @@ def score(name: str, reward: Reward, prompts: Prompts, completions: list[str], i
         part = slice(rows[0], rows[-1] + 1)
         columns = {key: values[part] for key, values in prompts.columns.items()}
         texts = completions[part]
-        try:
+        with reward_failures(name, f" from sample {part.start} on"):
             given = reward(prompts=prompts.texts[part], completions=texts, completion_ids=ids[part], **columns)
-            given = [] if given is None else list(given)
-        except Exception as error:  # a function of the user's, which may fail in any way
-            raise UserError(
-                f"reward {name} failed from sample {part.start} on: {type(error).__name__}: {first_line(error)}"
-            ) from error
         for index, value in enumerate(finite_scores(name, given, prompts.texts[part], texts, part.start), part.start):
             if value is None:  # TRL's "no opinion"; a mean needs every sample
                 raise UserError(f"reward function {name!r} returned None for sample {index}, not a finite number")

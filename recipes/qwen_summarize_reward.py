@@ -33,7 +33,7 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
     script_args.check(model_args)
     script_args.claim_output_dir(training_args)
     path, max_length = model_args.model_name_or_path, training_args.max_length
-    check_length(path, check_model("model_name_or_path", path), max_length)
+    check_length(path, check_model("model_name_or_path", path, "SequenceClassification"), max_length)
 
     # 1. Pairs: two texts that follow the same prompt, the better one and the other.
     data, config = script_args.dataset_name, script_args.dataset_config

@@ -51,7 +51,7 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
     script_args.check(model_args)
     script_args.claim_output_dir(training_args)
     path = model_args.model_name_or_path
-    check_model("model_name_or_path", path)
+    check_model("model_name_or_path", path, None if script_args.scratch_layers else "CausalLM")
     columns = ["prompt", "completion"]
     train = load_split(script_args.dataset_name, script_args.dataset_train_split, columns, script_args.dataset_config)
     test = load_split(script_args.dataset_name, script_args.dataset_test_split, columns, script_args.dataset_config)

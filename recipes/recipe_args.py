@@ -16,6 +16,7 @@ import os
 import random
 import re
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Union, get_origin, get_type_hints
@@ -26,7 +27,7 @@ from requests import RequestException
 from safetensors import SafetensorError
 from trl import ScriptArguments, TrlParser
 
-from trl_ppo.inputs import ScoreError, UserError, first_line, looks_local
+from trl_ppo.inputs import ScoreError, UserError, check_numbers, first_line, is_messages, looks_local
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = {  # words in a RuntimeError of torch's that is no bug, and what they mean
@@ -39,14 +40,18 @@ LIBRARIES = {  # words in a RuntimeError of torch's that is no bug, and what the
 def one_line_errors():
     """Ends the program with one line on stderr and status 2 for what the user can put right; also a decorator.
 
-    A server that does not answer, vLLM's, is among it. Any other error keeps its traceback: it may be a bug. Rank 0
-    speaks for all, but for a reward function's values, which are each rank's own.
+    Such are our own errors, what a library refuses before training, and a server that does not answer. Any other error
+    keeps its traceback: it may be a bug. Rank 0 speaks for all, but for a reward function's values, which are each
+    rank's own.
     """
     try:
         yield
-    except (UserError, FloatingPointError, FileNotFoundError, RequestException) as error:
+    except (ValueError, TypeError, ImportError, FloatingPointError, FileNotFoundError, RequestException) as error:
+        ours = isinstance(error, UserError | FloatingPointError | FileNotFoundError | RequestException)
+        if not ours and not (library := _refused_by(error)):
+            raise
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ScoreError):
-            print(first_line(error), file=sys.stderr)
+            print(first_line(error) if ours else f"{library}: {first_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
     except (OSError, SafetensorError, RuntimeError) as error:  # this machine's, so each rank speaks for itself
         what = next((meaning for sign, meaning in LIBRARIES.items() if sign in str(error)), "")
@@ -57,6 +62,13 @@ def one_line_errors():
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _refused_by(error) -> str | None:
+    """The library whose own code raised the error before training; None where ours did, and in training."""
+    frames = traceback.extract_tb(error.__traceback__)
+    library = re.search(r"[/\\](?:site|dist)-packages[/\\](\w+)", frames[-1].filename)
+    return library[1] if library and all(frame.name != "train" for frame in frames) else None
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -108,6 +120,8 @@ def _parse(script, dataclass_types, args):
             action.help = argparse.SUPPRESS
         elif not action.help:
             action.help = "(default: %(default)s)"  # argparse shows none without a text
+        if action.dest == "output_dir":  # transformers would invent one
+            action.required = True
         if get_origin(hints.get(action.dest)) is dict:
             action.type = lambda text, hint=hints[action.dest]: _fit("--" + text, yaml.safe_load(text), hint)
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
@@ -118,9 +132,11 @@ def _parse(script, dataclass_types, args):
         values[key] = value = _fit(f"{shown}: {key}", value, hints[key])
         if key in choices and value is not None and value not in choices[key]:
             raise UserError(f"{shown}: {key}: {value!r} is not one of {', '.join(map(str, choices[key]))}")
-    parser.set_defaults_with_config(**values)
+    parser.set_defaults_with_config(**{k: v for k, v in values.items() if v is not None or k != "output_dir"})
     try:
         *outputs, rest = parser.parse_args_into_dataclasses(args, True, look_for_args_file=False)
+        for output in outputs:
+            check_numbers(vars(output))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # from a `__post_init__`
         if isinstance(error, UserError):
             raise
@@ -147,9 +163,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if str(key.value) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -269,6 +285,8 @@ class RecipeArguments(OutputArguments):
         """UserError for what does not go together, and for folders that do not exist."""
         if self.merge_adapter and not model_args.use_peft:
             raise UserError("merge_adapter: true, but use_peft is false, so there is no adapter; set use_peft: true")
+        if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+            raise UserError("load_in_4bit, load_in_8bit: quantised weights cannot be trained; set use_peft: true")
         check_path("dataset_name", self.dataset_name)
         if model_args.model_name_or_path is not None:  # none where a model is made from scratch
             check_path("model_name_or_path", model_args.model_name_or_path)
@@ -307,17 +325,17 @@ class PPOArguments(RecipeArguments):
         super().check(model_args)
         if training_args.reward_weights is not None:
             raise UserError("reward_weights: give each reward its weight in rewards: {name: weight}")
+        if (cut := self.prompt_tokens) and not (len(cut) == 2 and 0 < cut[0] <= cut[1]):
+            raise UserError(f"prompt_tokens: {cut} must be two numbers, the least and the most, as in [2, 8]")
         if not self.rewards:
             raise UserError("rewards: is empty; name at least one, as in rewards: {reward_model: 1.0}")
-        for name, weight in self.rewards.items():
-            if not abs(weight) < float("inf"):
-                raise UserError(f"rewards: {name}: {weight} is not a finite number")
+        for name in self.rewards:
             if name != "reward_model":
                 find_function("rewards", name)
             elif self.reward_model is None:
                 raise UserError("rewards: reward_model has a weight, but reward_model: names no classifier")
             else:
-                check_model("reward_model", self.reward_model)
+                check_model("reward_model", self.reward_model, "SequenceClassification")
 
     def load_rewards(self, training_args) -> list:
         """The reward functions, in the order of `rewards`, whose weights go into `training_args`."""
@@ -363,9 +381,12 @@ def check_path(key: str, path: str | None) -> None:
     raise UserError(f"{key}: {path!r} does not exist: {advice}")
 
 
-def check_model(key: str, path: str | None):
-    """The configuration of the model at `path`, or of an adapter's base; UserError if it cannot be had."""
-    from transformers import AutoConfig  # here and below: they take seconds, and --help need not wait
+def check_model(key: str, path: str | None, head: str | None = None):
+    """The configuration of the model at `path`, or of an adapter's base; UserError if it cannot be had.
+
+    With `head`, "CausalLM" or "SequenceClassification", its weights' names and its tokenizer are checked as well.
+    """
+    from transformers import AutoConfig, AutoTokenizer  # here and below: they take seconds, and --help need not wait
 
     check_path(key, path)
     try:
@@ -375,10 +396,16 @@ def check_model(key: str, path: str | None):
             base = PeftConfig.from_pretrained(path).base_model_name_or_path
             check_path(f"{key}'s base model", base)
             return AutoConfig.from_pretrained(base)
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        if head is None:
+            return AutoConfig.from_pretrained(path)
+        from trl_ppo.loading import check_usable, load_skeleton
+
+        model = load_skeleton(path, f"{key}: ", head)
+        check_usable(model, AutoTokenizer.from_pretrained(path))
+        return model.config
+    except UserError:
+        raise
+    except Exception as error:  # a user's folder may be wrong in any way
         raise UserError(f"{key}: {path!r}: no model can be loaded from there: {first_line(error)}") from error
 
 
@@ -386,7 +413,8 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
     """One split of a Hub dataset, of a local folder of {train,test}.jsonl[.gz] (or csv, parquet), or of one JSONL file.
 
     Raises:
-        UserError: no such path, split or column (with those there are), no rows, unreadable data, or no way to the Hub.
+        UserError: no such path, split or column (with those there are), no rows, unreadable data, no way to the Hub, or
+            a value of `columns` that is neither text nor messages.
     """
     import datasets
 
@@ -399,7 +427,7 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
         raise UserError(f"{where}: {first_line(error)}; connect, or give the path of a local folder") from error
     except StopIteration as error:  # what datasets raises for a file without a single row
         raise UserError(f"{where}: split {split!r} has no rows") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # a file of the user's may be wrong in any way
         cause = f": {first_line(error.__cause__)}" if error.__cause__ else ""
         raise UserError(f"{where}: {first_line(error)}{cause}") from error
     missing = [column for column in columns if column not in dataset.column_names]
@@ -408,6 +436,10 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
         raise UserError(f"{where}: split {split!r} has no column {', '.join(missing)}; it has {there}")
     if not len(dataset):
         raise UserError(f"{where}: split {split!r} has no rows")
+    for column in columns:
+        for row, text in enumerate(dataset[column]):
+            if not isinstance(text, str) and not is_messages(text):
+                raise UserError(f"{where}: {column!r} of row {row} is {text!r:.60}: not a text, nor a list of messages")
     return dataset
 
 
@@ -419,6 +451,11 @@ def load_prompts(args: PPOArguments, split: str, tokenizer, seed: int, limit: in
     """
     column = args.prompt_column
     data = load_split(args.dataset_name, split, [column], args.dataset_config)
+    if any(isinstance(text, list) for text in data[column]):
+        if args.prompt_tokens:
+            raise UserError(f"prompt_tokens: {args.prompt_tokens}: {column!r} holds messages, which cannot be cut")
+        if tokenizer.chat_template is None:
+            raise UserError(f"dataset_name: {column!r} holds messages, but the tokenizer has no chat template")
 
     def num_tokens(text):
         if isinstance(text, str):

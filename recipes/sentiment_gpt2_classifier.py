@@ -87,7 +87,7 @@ def main(script_args: ClassifierArguments, training_args: TrainingArguments, mod
     seed, max_length = training_args.seed, script_args.max_length
     if not script_args.scratch_layers:
         path = model_args.model_name_or_path
-        check_length(path, check_model("model_name_or_path", path), max_length)
+        check_length(path, check_model("model_name_or_path", path, "SequenceClassification"), max_length)
     train = load_either(script_args, script_args.dataset_train_split, seed, script_args.train_pairs)
     test = load_either(script_args, script_args.dataset_test_split, seed, script_args.test_pairs)
 

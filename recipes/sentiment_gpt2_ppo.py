@@ -22,7 +22,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     script_args.check(training_args, model_args)
     script_args.claim_output_dir(training_args)
     path = model_args.model_name_or_path
-    check_model("model_name_or_path", path)
+    check_model("model_name_or_path", path, "CausalLM")
 
     # 1. Prompts: the first few tokens of each review.
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")

@@ -57,6 +57,7 @@ def load_either(script_args, split, seed, limit):
     """The first pairs of a split, each side a whole text; those of labelled reviews are made here."""
     data = load_split(script_args.dataset_name, split, config=script_args.dataset_config)
     if {"text", "label"} <= set(data.column_names):
+        data = load_split(script_args.dataset_name, split, ["text"], script_args.dataset_config)
         label = 1 if script_args.preferred_label is None else script_args.preferred_label
         pairs = pair_by_label(data, label, seed)
         return pairs.select(range(min(len(pairs), limit or len(pairs))))
@@ -72,7 +73,7 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
     script_args.check(model_args)
     script_args.claim_output_dir(training_args)
     path, max_length = model_args.model_name_or_path, training_args.max_length
-    check_length(path, check_model("model_name_or_path", path), max_length)
+    check_length(path, check_model("model_name_or_path", path, "SequenceClassification"), max_length)
 
     # 1. Pairs of reviews.
     seed = training_args.seed

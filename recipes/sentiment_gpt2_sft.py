@@ -63,11 +63,11 @@ def scratch_model(script_args, tokenizer, max_length):
 
 def load_texts(script_args, split, column):
     """A dataset with nothing but the column of text; a `prompt` and its `completion` make one text."""
-    data = load_split(script_args.dataset_name, split, config=script_args.dataset_config)
-    if column not in data.column_names and {"prompt", "completion"} <= set(data.column_names):
+    names = load_split(script_args.dataset_name, split, config=script_args.dataset_config).column_names
+    parts = ["prompt", "completion"] if column not in names and {"prompt", "completion"} <= set(names) else [column]
+    data = load_split(script_args.dataset_name, split, parts, script_args.dataset_config)
+    if parts != [column]:
         data = data.map(lambda row: {column: row["prompt"] + row["completion"]}, desc="Joining prompts")
-    elif column not in data.column_names:
-        load_split(script_args.dataset_name, split, [column], script_args.dataset_config)  # says what is missing
     data = data.select_columns(column)
     if script_args.first_characters is None:
         return data
@@ -79,7 +79,7 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
     script_args.claim_output_dir(training_args)
     column = training_args.dataset_text_field
     if not script_args.scratch_layers:
-        check_model("model_name_or_path", model_args.model_name_or_path)
+        check_model("model_name_or_path", model_args.model_name_or_path, "CausalLM")
     train = load_texts(script_args, script_args.dataset_train_split, column)
     test = load_texts(script_args, script_args.dataset_test_split, column)
     test = test.select(range(min(len(test), script_args.test_rows)))

@@ -23,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,26 @@ def llama_path(tokenizer, tmp_path_factory) -> str:
         pad_token_id=tokenizer.pad_token_id,
     )
     return _save(LlamaForCausalLM(config), tokenizer, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def qwen2_path(tokenizer, tmp_path_factory) -> str:
+    """A random Qwen2 (rotary positions, biases, tied head) of about 0.04 M parameters, saved with its tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _save(Qwen2ForCausalLM(config), tokenizer, tmp_path_factory.mktemp("qwen2"))
 
 
 @pytest.fixture(scope="session")

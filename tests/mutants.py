@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300  # for one mutant; a hang is noticed too
 
 FORMULAS, TRAINER, RESUME = (f"tests/test_ppo_{name}.py" for name in ("formulas", "trainer", "resume"))
-LORA, RANKS = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks"))
+LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks", "device"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
 FAULTS, FIDELITY, VLLM = (f"tests/test_{name}.py" for name in ("faults", "fidelity", "vllm"))
 
@@ -205,13 +205,40 @@ MUTANTS = [
            "advantages = advantages * weights", "advantages = advantages * 1", VLLM),
     Mutant("vLLM samples with other weights than the best that were loaded",
            "self._last_loaded_step = -1", "pass", VLLM),
+    # Another device than the CPU, and fewer bits
+    Mutant("which completions ended is said on the CPU", "for ids in completion_ids], device=mask.device)",
+           "for ids in completion_ids])", DEVICE),
+    Mutant("mini-batches are drawn on the CPU",
+           "torch.randperm(len(lengths)).to(lengths.device)", "torch.randperm(len(lengths))", DEVICE),
+    Mutant("what is sampled stays on the CPU",
+           "name: t.to(self.accelerator.device) for", "name: t for", DEVICE),
+    Mutant("metrics are summed in float64",
+           "torch.stack([values.where(mask > 0, 0).sum(), mask.sum()])\n\n    def __iter__",
+           "torch.stack([values.where(mask > 0, 0).sum(), mask.sum()]).double()\n\n    def __iter__", DEVICE),
+    Mutant("the values of a separate critic are rounded under autocast",
+           "enabled=False):\n            return self.head(", "enabled=True):\n            return self.head(", DEVICE),
+    Mutant("the type of a device named instead of asked for",
+           "with torch.autocast(states.device.type, enabled=False):\n            return self.head(",
+           'with torch.autocast("cuda", enabled=False):\n            return self.head(', DEVICE),
+    Mutant("cast_lm_head_to_fp32 ignored in the log-probabilities",
+           "temperature, cast_lm_head_to_fp32, outputs", "temperature, False, outputs", DEVICE),
+    Mutant("cast_lm_head_to_fp32 ignored in tiles", 'and "forward" not in vars(lm_head)', "", DEVICE),
+    Mutant("a model is split over all GPUs", '{"device_map": None}', '{"device_map": "auto"}', DEVICE),
+    Mutant("seconds are read before the device is idle",
+           "torch.get_device_module(device).synchronize()", "pass", DEVICE),
+    Mutant("a step that the loss scaler leaves out ends the run",
+           'self.accelerator.mixed_precision != "fp16" and', "not self.args.fp16 and", DEVICE),
+    Mutant("stop_epochs_at_kl is taken with a loss scaler",
+           'if self.mixed_precision == "fp16" and', "if False and", DEVICE),
+    Mutant("TRL casts the trained weights for continuous batching",
+           "if self.use_transformers_continuous_batching and", "if False and", DEVICE),
     # Log-probabilities, sampling and rewards
     Mutant("left padding shifts the position ids",
            "flush_left(attention_mask, input_ids)", "(attention_mask, input_ids)", LOGPROBS),
     Mutant("the hidden state after the token",
            "prompt_lengths[self.row] + token - 1", "prompt_lengths[self.row] + token", LOGPROBS),
     Mutant("temperature ignored in the log-probabilities",
-           "add_fused_lm_head(model, temperature=temperature,", "add_fused_lm_head(model, temperature=1.0,", TRAINER),
+           "add_fused_lm_head(model, temperature, cast", "add_fused_lm_head(model, 1.0, cast", TRAINER),
     Mutant("temperature ignored in tiles",
            "scaled = (hidden.float() / temperature).to(dtype)", "scaled = hidden.to(dtype)", LOGPROBS),
     Mutant("one tile's top for all of them",
@@ -235,11 +262,12 @@ MUTANTS = [
     Mutant("the cache keeps rows that have left", "value.batch_select_indices(rows)", "pass", DECODING),
     Mutant("sampling takes the likeliest word",
            "draw(logits) if generation_config.do_sample", "draw(logits) if False", DECODING),
-    Mutant("a score that is not finite let through", 'if not abs(number) < float("inf"):', "if False:", REWARDS),
+    Mutant("a score that is not finite let through", "if not abs(number) <= LARGEST:", "if False:", REWARDS),
     Mutant("too few scores let through", "if len(values) != len(completions):", "if False:", REWARDS),
     Mutant("a text loses its end, not its beginning",
            'tokenizer.truncation_side, "left"', 'tokenizer.truncation_side, "right"', REWARDS),
-    Mutant("a classifier without a trained head scores", 'if info["missing_keys"]:', "if False:", REWARDS),
+    Mutant("a classifier without a trained head scores",
+           'if info["missing_keys"] and not may_lack:', "if False:", REWARDS),
     Mutant("scores in the order of their lengths",
            "scores[i] = score", "scores[start + batch.index(i)] = score", REWARDS),
 ]  # fmt: skip

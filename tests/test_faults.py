@@ -291,10 +291,10 @@ def leaves(prompts, completions, **columns):
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
-        (broken, "'broken' raised ConnectionError at .*test_faults.py:[0-9]+: the scorer is down"),
-        (broken_later, "'broken_later' raised ConnectionError at .*test_faults.py:[0-9]+: the scorer is down"),
-        (hangs, "'hangs' raised TimeoutError at .*test_faults.py:[0-9]+: no scores after 1 s"),
-        (leaves, "'leaves' raised SystemExit at"),
+        (broken, r"'broken' failed: ConnectionError: the scorer is down \(test_faults.py, line [0-9]+\)"),
+        (broken_later, r"'broken_later' failed: ConnectionError: the scorer is down \(test_faults.py, line [0-9]+\)"),
+        (hangs, "'hangs' failed: TimeoutError: no scores after 1 s"),
+        (leaves, "'leaves' failed: SystemExit"),
     ],
 )
 def test_a_reward_function_that_breaks_is_named_in_one_line(gpt2_path, tmp_path, reward, says):

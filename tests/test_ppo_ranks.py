@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
+from trl_ppo.checkpoints import PPO_FILES, damage
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,16 @@ def test_rows_12_20_and_21_two_ranks_of_4_update_as_one_rank_of_8(runs, name):
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_ranks_do_not_drift_apart(runs, name):
     assert runs[2, name][1]["drift"] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_is_not_complete_before_every_rank_has_written_its_random_state(runs, ranks, tmp_path):
+    checkpoint = shutil.copytree(runs[ranks, "full"][0] / "whole" / "checkpoint-4", tmp_path / "checkpoint-4")
+    states = sorted(checkpoint.glob("rng_state*.pth"))
+    assert len(states) == ranks
+    assert damage(checkpoint, rank=ranks - 1, also=PPO_FILES) is None
+    states[-1].unlink()
+    assert damage(checkpoint, rank=ranks - 1, also=PPO_FILES)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

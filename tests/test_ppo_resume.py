@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from test_ppo_trainer import make_trainer, prompts
@@ -167,7 +168,6 @@ def test_the_best_checkpoint_by_held_out_score_is_loaded_at_the_end(gpt2_path, t
     best = max(scores, key=scores.get)
     assert trainer.state.best_metric == scores[best]
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    from safetensors.torch import load_file
 
     saved = load_file(tmp_path / f"checkpoint-{best}" / "critic.safetensors")
     assert torch.equal(trainer.policy.critic.weight, saved["weight"])

@@ -1033,7 +1033,7 @@ def test_tokens_of_an_environment_are_refused_not_trained_on(gpt2_path, tmp_path
         ("kl_estimator", "k2", "must be 'k1' or 'k3'"),
         ("gamma", 1.5, r"must lie in \[0, 1\]"),
         ("num_mini_batches", 0, "must be positive"),
-        ("kl_target", -1.0, "must be positive, or null"),
+        ("kl_target", -1.0, "must be positive"),
         ("per_device_train_batch_size", 1, "no variance to whiten"),
     ],
 )

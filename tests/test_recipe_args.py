@@ -355,6 +355,12 @@ def test_a_script_run_for_real_fails_in_one_line_with_status_2(script):
         assert run.returncode == 2
         assert ("loading runs/nothing" in run.stdout) == loads
         assert run.stderr == expected + "\n"
+    # Without --quiet it adds a traceback.
+    launch = ["accelerate.commands.accelerate_cli", "launch", "--quiet", "--config_file"]
+    command = [sys.executable, "-m", *launch, str(ROOT / "accelerate_configs" / "cpu.yaml"), "recipes/x.py"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=script.parent.parent)
+    assert run.returncode == 1  # accelerate's own
+    assert run.stderr == "[Errno 2] No such file or directory: 'runs/nothing'\n"
 
 
 # --- Paths and data -----------------------------------------------------------------------------------------------

@@ -297,31 +297,6 @@ def test_a_reward_model_that_the_yaml_leaves_out_is_not_loaded(tmp_path):
     assert len(args.load_rewards(training(tmp_path))) == 1
 
 
-@pytest.mark.parametrize(
-    ("rewards", "said"),
-    [
-        ({}, "rewards: is empty"),
-        ({"length": 1.0}, "rewards: 'length' is not a reward; give word_count, length_penalty"),
-        ({"reward_model": 1.0}, "rewards: reward_model has a weight, but reward_model: names no classifier"),
-        ({"length_penalty": float("nan")}, "rewards: length_penalty: nan is not a finite number"),
-        ({"gone.py:f": 1.0}, "rewards: cannot import gone.py:f: FileNotFoundError"),
-        ({"math:no_such": 1.0}, "rewards: cannot import math:no_such: AttributeError"),
-        ({"math:pi": 1.0}, "rewards: math:pi is not a function"),
-    ],
-)
-def test_rewards_that_cannot_be_had_are_named_before_anything_loads(rewards, said, tmp_path):
-    with pytest.raises(UserError) as error:
-        rewards_of(rewards=rewards).check(training(tmp_path), ModelConfig())
-    assert str(error.value).startswith(said)
-
-
-def test_weights_outside_rewards_are_refused(tmp_path):
-    config = training(tmp_path)
-    config.reward_weights = [1.0]
-    with pytest.raises(UserError, match="reward_weights: give each reward its weight in rewards"):
-        rewards_of(rewards={"length_penalty": 1.0}).check(config, ModelConfig())
-
-
 def test_a_reward_of_weight_0_is_logged_and_changes_nothing(toy_run, tmp_path):
     folder, _ = toy_run
 

@@ -1,4 +1,4 @@
-"""Callbacks of a PPO run, and the running means that it logs."""
+"""Callbacks of a PPO run, the running means that it logs, and its clock."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,12 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 
 RESUME = " --resume_from_checkpoint true"
+
+
+def now(device):
+    """Seconds, once the device has done what it was given."""
+    torch.get_device_module(device).synchronize()
+    return time.perf_counter()
 
 
 class RunningMean:
@@ -27,7 +34,7 @@ class RunningMean:
     def add(self, values, mask):
         """`values` where `mask` is 1, but for those that are NaN; both of the same shape."""
         mask = mask * ~values.isnan()
-        self.sums = self.sums + torch.stack([values.where(mask > 0, 0).sum(), mask.sum()]).double()
+        self.sums = self.sums + torch.stack([values.where(mask > 0, 0).sum(), mask.sum()])
 
     def __iter__(self):
         total, count = self.reduce(self.sums).tolist()

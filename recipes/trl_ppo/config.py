@@ -8,10 +8,13 @@ from typing import ClassVar
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import GenerationConfig
+from transformers.utils import find_adapter_config_file
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
-from .inputs import UserError
+from .inputs import UserError, check_numbers
+from .loading import load_skeleton
 
 # GRPO's settings that mean nothing to PPO, each with what to do instead; a recipe's --help leaves them out.
 NOT_PPO = {
@@ -114,6 +117,19 @@ class PPOConfig(GRPOConfig):
         self.num_generations = local_rollout
         super().__post_init__()
         self.num_generations = 1
+        # TRL's default, "auto", would split the model over all GPUs that a single process sees.
+        self.model_init_kwargs = {"device_map": None} | (self.model_init_kwargs or {})
+        if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
+            name = "bf16" if self.bf16 else "fp16"
+            raise ValueError(
+                f"{name}: true with use_transformers_continuous_batching: TRL would cast the trained weights for good; "
+                f"set {name}: false, and mixed_precision: {name} in the accelerate config"
+            )
+        if self.mixed_precision == "fp16" and self.stop_epochs_at_kl is not None:
+            raise ValueError("stop_epochs_at_kl: the loss scaler of fp16 cannot leave out a step; use bf16")
+        given, known = self.generation_kwargs or {}, vars(GenerationConfig()).keys() - {"stop_strings"}
+        if unknown := given if isinstance(given, str) else [key for key in given if key not in known]:
+            raise ValueError(f"generation_kwargs: {unknown}: not settings of GenerationConfig, or without effect here")
         if self.total_episodes is not None:
             self._round_up("total_episodes", self.generation_batch_size, "completions")
             self.max_steps = self.total_episodes // self.generation_batch_size * self.steps_per_rollout
@@ -145,18 +161,7 @@ class PPOConfig(GRPOConfig):
             self._round_up(name, self.steps_per_rollout, "steps")
 
     def _check_ranges(self):
-        for name in ("num_iterations", "num_mini_batches", "kl_horizon", "temperature", "max_completion_length"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be positive")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
-        for name in ("kl_target", "stop_epochs_at_kl", "score_clip", "total_episodes", "value_learning_rate"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be positive, or null")
-        for name in ("kl_coef", "vf_coef", "cliprange_value", "epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must not be negative")
+        check_numbers(vars(self))
         if self.kl_estimator not in ("k1", "k3"):
             raise ValueError(f"kl_estimator: '{self.kl_estimator}' must be 'k1' or 'k3'")
         if "stop_token_ids" in (self.generation_kwargs or {}):
@@ -165,8 +170,9 @@ class PPOConfig(GRPOConfig):
             raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
 
 
-def check_arguments(args, train_dataset, others):
-    """UserError for a dataset that is smaller than a rollout, and for what the parent takes and PPO cannot honour."""
+def check_arguments(model, args, train_dataset, others):
+    """UserError for a dataset that is smaller than a rollout, for what the parent takes and PPO cannot honour, and for
+    a `model` given by its path that is no whole language model."""
     if hasattr(train_dataset, "__len__") and len(train_dataset) < args.generation_batch_size:
         raise UserError(
             f"train_dataset: {len(train_dataset)} prompts, but one rollout takes {args.generation_batch_size}; add "
@@ -184,6 +190,11 @@ def check_arguments(args, train_dataset, others):
     for name in ("tools", "environment_factory"):
         if others.get(name):
             raise UserError(f"{name}: not supported by PPOTrainer, whose completions are the policy's tokens alone")
+    columns = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}  # what rewards get besides columns
+    if taken := columns & set(getattr(train_dataset, "column_names", None) or ()):
+        raise UserError(f"train_dataset: rename column {min(taken)!r}; rewards get something else by that name")
+    if isinstance(model, str) and find_adapter_config_file(model) is None:
+        load_skeleton(model, **(args.model_init_kwargs or {}))
     check_engine(args)
 
 

@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import disable_dropout_in_model
 
 from .inputs import UserError
+from .loading import load_whole
 
 CRITIC = "critic.safetensors"  # next to the policy, which is written as if it had none
 
@@ -45,7 +46,8 @@ class ValueModel(nn.Module):
 
     def __init__(self, path, vocab_size, **init_kwargs):
         super().__init__()
-        classifier = AutoModelForSequenceClassification.from_pretrained(path, **init_kwargs)
+        what, key = "a trained classifier", "value_model_path: "
+        classifier = load_whole(AutoModelForSequenceClassification, path, what, key, **init_kwargs)
         head = getattr(classifier, "score", None)
         if head is None or head.out_features != 1:
             raise UserError(f"value_model_path: '{path}' is not a causal sequence classifier with one label")
@@ -59,7 +61,9 @@ class ValueModel(nn.Module):
 
     def forward(self, states, tokens):
         """`CompletionTokens` → values (N,), from states of its own."""
-        return self.head(tokens.states(self.trunk)).squeeze(-1).float()
+        states = tokens.states(self.trunk)
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
 def attach_critic(policy, args, device):

@@ -23,7 +23,7 @@ class TokenLogprobs(ModelOutput):
     state_values: torch.Tensor | None = None  # not `values`, which would hide the method of that name from DDP
 
 
-def add_logprobs_forward(model, temperature=1.0):
+def add_logprobs_forward(model, temperature=1.0, cast_lm_head_to_fp32=False):
     """Teach a causal LM `model(input_ids, attention_mask, num_completion_tokens=C)`, which returns `TokenLogprobs`.
 
     Any other call is unchanged, so that `generate` is too. Only the N hidden states that predict completion tokens
@@ -31,7 +31,7 @@ def add_logprobs_forward(model, temperature=1.0):
     if there is one, on the same hidden states. No prompt may be empty.
     """
     keep_4bit_differentiable(model)
-    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs=("log_probs", "entropy"))
     fused_forward = model.forward
     model.completion_tokens = CompletionTokens  # cpu/ puts a faster one here
 

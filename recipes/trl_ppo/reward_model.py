@@ -9,7 +9,6 @@ import asyncio
 import os
 import signal
 import threading
-import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +16,11 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from .inputs import ScoreError, UserError, as_text, finite_scores, first_line, join, looks_local
+from .inputs import UserError, as_text, finite_scores, join, looks_local, reward_failures
+from .loading import check_usable, load_whole, whole_on_every_rank
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
 
@@ -38,13 +37,13 @@ def with_finite_scores(reward_func, args=None):
     name, timeout = get_callable_name(reward_func), args and args.ddp_timeout
 
     async def later(prompts, completions, **columns):
-        with _errors_named(name):
+        with reward_failures(name):
             call = reward_func(prompts=prompts, completions=completions, **columns)
             values = await asyncio.wait_for(call, timeout)
         return finite_scores(name, values, prompts, completions)
 
     def at_once(prompts, completions, **columns):
-        with _errors_named(name, timeout):
+        with reward_failures(name), _time_limit(timeout):
             values = reward_func(prompts=prompts, completions=completions, **columns)
         return finite_scores(name, values, prompts, completions)
 
@@ -54,27 +53,22 @@ def with_finite_scores(reward_func, args=None):
 
 
 @contextmanager
-def _errors_named(name, seconds=None):
-    """What a reward function raises, as one line with its name; an alarm rings where it takes more than `seconds`."""
+def _time_limit(seconds):
+    """TimeoutError after so many seconds; not in a thread other than the main one, which no signal reaches."""
 
     def ring(*_):
         raise TimeoutError(f"no scores after {seconds} s (ddp_timeout)")
 
-    rings = seconds and threading.current_thread() is threading.main_thread()  # no other one gets signals
-    before = signal.signal(signal.SIGALRM, ring) if rings else None
-    try:
-        if rings:
-            signal.alarm(seconds)
+    if not seconds or threading.current_thread() is not threading.main_thread():
         yield
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        where = next((f for f in frames if f.filename != __file__ and "asyncio" not in f.filename), frames[-1])
-        kind = f"{type(error).__name__} at {where.filename}:{where.lineno}"
-        raise ScoreError(f"reward function {name!r} raised {kind}: {first_line(error)}") from error
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.alarm(seconds)
+        yield
     finally:
-        if rings:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class RewardModel:
@@ -211,30 +205,20 @@ def encode(tokenizer, texts, *, max_length: int = 512, add_eos: bool | None = No
 # --- Loading ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _whole_on_every_rank():
-    """Under ZeRO-3 `from_pretrained` gives each rank a share of the weights, which only DeepSpeed's engine can run."""
-    saved, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = saved
-
-
-@_whole_on_every_rank()
+@whole_on_every_rank()
 def load_classifier(path: str, dtype):
     """The classifier at `path` and its tokenizer. A head that was never trained is an error, not a random score."""
     if find_adapter_config_file(path) is not None:
-        return _load_adapter(path, dtype)
-    return _load_with_head(path, dtype), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = _load_adapter(path, dtype)
+    else:
+        model = _load_with_head(path, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    check_usable(model, tokenizer)
+    return model, tokenizer
 
 
 def _load_with_head(path, dtype):
-    model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{path!r} is not a trained classifier: it has no {missing}")
-    return model
+    return load_whole(AutoModelForSequenceClassification, path, "a trained classifier", dtype=dtype)
 
 
 def _load_adapter(path, dtype):

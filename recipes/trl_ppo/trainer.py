@@ -11,7 +11,6 @@ Huang et al. 2024 (2403.17031).
 """
 
 import math
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,11 +23,12 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from . import cpu_folder, formulas
-from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, StopOnSignal
+from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, StopOnSignal, now
 from .checkpoints import PPO_FILES, checkpoint_to_resume, load_state, save_state
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, critic_weights, load_critic, save_critic, split_group
-from .inputs import UserError, check_lengths
+from .inputs import ScoreError, UserError, check_lengths
+from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
 from .vllm_sampler import fit_to_ppo
@@ -42,7 +42,7 @@ class PPOTrainer(GRPOTrainer):
     from `args.value_model_path`; it is saved as `critic.safetensors` next to the policy, which loads without it.
 
     Raises `UserError`, a `ValueError`, before any model loads, if the dataset is less than one rollout, a reward is no
-    function, or an argument is given that PPO cannot honour.
+    function, `model` is no whole language model, or an argument is given that PPO cannot honour.
     """
 
     _name = "PPO"
@@ -50,13 +50,15 @@ class PPOTrainer(GRPOTrainer):
     _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
-        check_arguments(args, train_dataset, kwargs)
+        check_arguments(model, args, train_dataset, kwargs)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(model, [with_finite_scores(f, args) for f in reward_funcs], args, train_dataset, **kwargs)
         self.eos_token_ids = [*self.eos_token_ids, *args.end_token_ids]
-        add_logprobs_forward(self.policy, self.temperature)
+        check_usable(self.policy, self._tokenizer)
+        head = self.temperature, args.cast_lm_head_to_fp32
+        add_logprobs_forward(self.policy, *head)
         if self.ref_model is not None:
-            add_logprobs_forward(self.accelerator.unwrap_model(self.ref_model), self.temperature)
+            add_logprobs_forward(self.accelerator.unwrap_model(self.ref_model), *head)
         attach_critic(self.policy, args, self.accelerator.device)
         if args.use_vllm:
             fit_to_ppo(self.vllm_generation, self.eos_token_ids)
@@ -85,13 +87,13 @@ class PPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         """One rollout: samples completions and works out all that the updates need of them."""
         prompts = [example["prompt"] for example in inputs]
-        started = time.perf_counter()
+        started = now(self.args.device)
 
         # 1. Sample a completion for each prompt.
         batch, completions, completion_ids = self._sample(prompts)
         mask = batch["completion_mask"]
         ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids], device=mask.device)
-        sampled = time.perf_counter()
+        sampled = now(self.args.device)
 
         # 2. Log-probabilities and values under the policy, log-probabilities under the reference.
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -109,7 +111,7 @@ class PPOTrainer(GRPOTrainer):
 
         # 5. Advantages and returns.
         advantages, returns = formulas.gae(rewards, policy.state_values, mask, self.args.gamma, self.args.lam)
-        self._rollout_times = started, (scored := time.perf_counter())
+        self._rollout_times = started, (scored := now(self.args.device))
 
         self._track("objective/kl", kl.sum(1))
         self._track("objective/entropy", -policy.logprobs.sum(1))
@@ -193,7 +195,8 @@ class PPOTrainer(GRPOTrainer):
             self._track(f"rewards/{name}", column)
         silent = per_func.isnan().all(1).nonzero()
         if len(silent):
-            raise UserError(f"reward_funcs: every one returned None for sample {silent[0].item()} of the rollout")
+            names = ", ".join(self.reward_func_names)
+            raise ScoreError(f"reward_funcs: every one returned None for sample {silent[0].item()} ({names})")
         return (per_func * self.reward_weights.to(per_func.device)).nansum(1)
 
     def _shape_scores(self, scores, ended):
@@ -202,7 +205,7 @@ class PPOTrainer(GRPOTrainer):
             scores = scores - self.args.missing_eos_penalty * ~ended
         if self.args.score_norm:
             if self._mode == "train":
-                sums = self._sum_over_ranks(torch.stack([torch.ones_like(scores), scores, scores**2]).double().sum(1))
+                sums = self._sum_over_ranks(torch.stack([torch.ones_like(scores), scores, scores**2]).sum(1))
                 self.score_sums = [a + b for a, b in zip(self.score_sums, sums.tolist(), strict=True)]
             scores = formulas.normalise(scores, *self.score_sums)
         if self.args.score_clip is not None:
@@ -273,9 +276,9 @@ class PPOTrainer(GRPOTrainer):
             if self._skip_epochs:  # without gradients AdamW leaves a parameter as it is
                 model.zero_grad(set_to_none=True)
         if self._is_first_micro_batch:  # of the next rollout: this one is done
-            (started, scored), now = self._rollout_times, time.perf_counter()
-            self._track("time/update", now - scored)
-            self._track("time/samples_per_second", self.args.generation_batch_size / (now - started))
+            (started, scored), updated = self._rollout_times, now(self.args.device)
+            self._track("time/update", updated - scored)
+            self._track("time/samples_per_second", self.args.generation_batch_size / (updated - started))
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):

@@ -70,6 +70,8 @@ def draw(logits):
     weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
     cumulative = torch.cumsum(weights, 1, out=weights)
     total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise FloatingPointError("the policy's logits are not finite: it has diverged; lower learning_rate")
     threshold = torch.rand(len(logits), 1, device=logits.device) * total
     # The first word that is past the threshold: never one of weight 0, so rounding must not reach the total.
     threshold = threshold.minimum(torch.nextafter(total, torch.zeros_like(total)))

@@ -62,6 +62,7 @@ def is_plain_product(config, lm_head):
     scales = (getattr(config, name, None) for name in LOGIT_SCALES)
     return (
         type(lm_head) is nn.Linear
+        and "forward" not in vars(lm_head)  # as TRL replaces it for cast_lm_head_to_fp32
         and lm_head.bias is None
         and lm_head.weight.device.type == "cpu"
         and not hasattr(lm_head.weight, "ds_id")  # partitioned by ZeRO-3
