@@ -14,7 +14,7 @@ from conftest import ROOT
 from recipe_args import OutputArguments, lock_folder, one_line_errors
 from test_ppo_resume import assert_same_end, job
 from test_ppo_trainer import letter_share
-from trl_ppo.checkpoints import PPO_FILES, checkpoint_to_resume, damage
+from trl_ppo.checkpoints import PPO_FILES, checkpoint_to_resume, damage, numbered
 from trl_ppo.inputs import ScoreError, UserError
 
 
@@ -87,6 +87,12 @@ def test_a_resume_passes_over_a_damaged_checkpoint_says_so_and_ends_as_a_run_lef
     assert_same_end(trainer, finished[1])
     kept = list((folder / "old_checkpoints").glob("*/checkpoint-8/optimizer.pt"))
     assert len(kept) == 1, "nothing of the user's is deleted"
+
+
+def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for name in ("checkpoint-8", "checkpoint-16", "checkpoint-4", "checkpoint-32-backup", "old_checkpoints"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in numbered(tmp_path)] == ["checkpoint-16", "checkpoint-8", "checkpoint-4"]
 
 
 def test_a_damaged_checkpoint_that_was_named_is_refused_in_one_line(run):
@@ -285,10 +291,10 @@ def leaves(prompts, completions, **columns):
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
-        (broken, "'broken' raised ConnectionError at .*test_faults.py:[0-9]+: the scorer is down"),
-        (broken_later, "'broken_later' raised ConnectionError at .*test_faults.py:[0-9]+: the scorer is down"),
-        (hangs, "'hangs' raised TimeoutError at .*test_faults.py:[0-9]+: no scores after 1 s"),
-        (leaves, "'leaves' raised SystemExit at"),
+        (broken, r"'broken' failed: ConnectionError: the scorer is down \(test_faults.py, line [0-9]+\)"),
+        (broken_later, r"'broken_later' failed: ConnectionError: the scorer is down \(test_faults.py, line [0-9]+\)"),
+        (hangs, "'hangs' failed: TimeoutError: no scores after 1 s"),
+        (leaves, "'leaves' failed: SystemExit"),
     ],
 )
 def test_a_reward_function_that_breaks_is_named_in_one_line(gpt2_path, tmp_path, reward, says):

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
-from trl_ppo.critic import is_complete
+from trl_ppo.checkpoints import PPO_FILES, damage
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def test_ranks_do_not_drift_apart(runs, name):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_is_not_complete_before_every_rank_has_written_its_random_state(runs, ranks, tmp_path):
     checkpoint = shutil.copytree(runs[ranks, "full"][0] / "whole" / "checkpoint-4", tmp_path / "checkpoint-4")
-    states = list(checkpoint.glob("rng_state*.pth"))
+    states = sorted(checkpoint.glob("rng_state*.pth"))
     assert len(states) == ranks
-    assert is_complete(checkpoint)
+    assert damage(checkpoint, rank=ranks - 1, also=PPO_FILES) is None
     states[-1].unlink()
-    assert not is_complete(checkpoint)
+    assert damage(checkpoint, rank=ranks - 1, also=PPO_FILES)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

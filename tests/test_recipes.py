@@ -345,6 +345,23 @@ def test_the_card_of_a_model_made_from_scratch_says_so(toy_run, tmp_path):
     assert "This model was trained from scratch" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("recipe", ["sentiment_gpt2_sft", "sentiment_gpt2_reward"])
+def test_a_recipe_of_trls_own_trainers_resumes_too_and_refuses_a_folder_that_holds_a_run(
+    toy_run, tmp_path, recipe, capsys
+):
+    folder, _ = toy_run
+    data = {"sentiment_gpt2_sft": "sft", "sentiment_gpt2_reward": "pairs"}[recipe]
+    options = ["--config", "tiny", "--dataset_name", str(folder / "data" / data), "--output_dir", str(tmp_path)]
+    options += ["--scratch_width", "32"] if data == "sft" else ["--model_name_or_path", str(folder / "sft")]
+    options += ["--save_strategy", "steps", "--save_steps", "1", "--disable_tqdm", "true", "--max_steps"]
+    run(recipe, *options, "1")
+    with pytest.raises(UserError, match=r"holds a run already \(checkpoint-1\)"):
+        run(recipe, *options, "2")
+    trainer = run(recipe, *options, "2", "--resume_from_checkpoint", "true")
+    assert f"resume_from_checkpoint: goes on from {tmp_path}/checkpoint-1\n" in capsys.readouterr().out
+    assert trainer.state.global_step == 2
+
+
 def test_center_rewards_coefficient_centres_the_scores_that_any_reader_sees(toy_run, tmp_path):
     """Without it the pairwise loss leaves the mean where it was: here at 3, by a bias put into the last layer norm."""
     folder, _ = toy_run

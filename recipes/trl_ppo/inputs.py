@@ -5,8 +5,6 @@ This module imports nothing slow, so data preparation and command lines share it
 
 import math
 import re
-import signal
-import threading
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,29 +113,14 @@ def check_lengths(prompt_ids, max_completion_length, config, vllm_max_model_leng
 
 
 @contextmanager
-def reward_failures(name: str, where: str = "", seconds: int | None = None):
-    """ScoreError, which names the reward function and the line of its code, for whatever it raises, SystemExit too.
-
-    With `seconds` an alarm rings where it takes longer; not in a thread, which gets no signals.
-    """
-    seconds = seconds if threading.current_thread() is threading.main_thread() else None
-    before = signal.signal(signal.SIGALRM, _ring) if seconds else None
+def reward_failures(name: str, where: str = ""):
+    """ScoreError, which names the reward function and the line of its code, for whatever it raises, SystemExit too."""
     try:
-        if seconds:
-            signal.alarm(seconds)
         yield
     except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {first_line(error)} ({Path(frame.filename).name}, line {frame.lineno})"
         raise ScoreError(f"reward function {name!r} failed{where}: {said}") from error
-    finally:
-        if seconds:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
-
-
-def _ring(number, frame):
-    raise TimeoutError("no scores within ddp_timeout seconds")
 
 
 def finite_scores(name: str, values, prompts, completions, first: int = 0) -> list[float | None]:

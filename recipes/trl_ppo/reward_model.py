@@ -7,6 +7,9 @@
 
 import asyncio
 import os
+import signal
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,13 +43,32 @@ def with_finite_scores(reward_func, args=None):
         return finite_scores(name, values, prompts, completions)
 
     def at_once(prompts, completions, **columns):
-        with reward_failures(name, seconds=timeout):
+        with reward_failures(name), _time_limit(timeout):
             values = reward_func(prompts=prompts, completions=completions, **columns)
         return finite_scores(name, values, prompts, completions)
 
     wrapper = later if is_async_callable(reward_func) else at_once
     wrapper.__name__ = wrapper.__qualname__ = name  # TRL logs by it
     return wrapper
+
+
+@contextmanager
+def _time_limit(seconds):
+    """TimeoutError after so many seconds; not in a thread other than the main one, which no signal reaches."""
+
+    def ring(*_):
+        raise TimeoutError(f"no scores after {seconds} s (ddp_timeout)")
+
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.alarm(seconds)
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class RewardModel:
