@@ -23,7 +23,7 @@ SECONDS = 300  # for one mutant; a hang is noticed too
 FORMULAS, TRAINER, RESUME = (f"tests/test_ppo_{name}.py" for name in ("formulas", "trainer", "resume"))
 LORA, RANKS = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
-FIDELITY = "tests/test_fidelity.py"
+FIDELITY, BAD_INPUT = "tests/test_fidelity.py", "tests/test_bad_input.py"
 
 
 class Mutant(NamedTuple):
@@ -145,7 +145,7 @@ MUTANTS = [
            "critic(states, tokens)", "critic(states.detach(), tokens)", TRAINER),
     Mutant("a loss that is not finite let through", "if not torch.isfinite(loss):", "if False:", TRAINER),
     Mutant("a gradient norm that is not finite let through",
-           'if self.accelerator.mixed_precision != "fp16" and not math.isfinite(grad_norm):', "if False:", TRAINER),
+           'if self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):', "if False:", TRAINER),
     Mutant("epochs stopped by one rank alone",
            "moved = self._sum_over_ranks(self._mini_batch_kl).item()", "moved = self._mini_batch_kl.item()", RANKS),
     Mutant("epochs stopped by the last micro-batch alone",
@@ -212,11 +212,18 @@ MUTANTS = [
     Mutant("the cache keeps rows that have left", "value.batch_select_indices(rows)", "pass", DECODING),
     Mutant("sampling takes the likeliest word",
            "draw(logits) if generation_config.do_sample", "draw(logits) if False", DECODING),
-    Mutant("a score that is not finite let through", 'if not abs(number) < float("inf"):', "if False:", REWARDS),
+    Mutant("a score that is not finite let through", "if not abs(number) <= LARGEST:", "if False:", REWARDS),
     Mutant("too few scores let through", "if len(values) != len(completions):", "if False:", REWARDS),
     Mutant("a text loses its end, not its beginning",
            'tokenizer.truncation_side, "left"', 'tokenizer.truncation_side, "right"', REWARDS),
-    Mutant("a classifier without a trained head scores", 'if info["missing_keys"]:', "if False:", REWARDS),
+    Mutant("a classifier without a trained head scores",
+           'if info["missing_keys"] and not may_lack:', "if False:", REWARDS),
+    Mutant("a number outside its range let through", "if asked and not holds(number):", "if False:", BAD_INPUT),
+    Mutant("weights that are NaN let through", "not weight.isfinite().all()", "False", BAD_INPUT),
+    Mutant("tensors of another shape made up", 'in info["mismatched_keys"]:', "in []:", BAD_INPUT),
+    Mutant("a tokenizer without words let through",
+           "if len(tokenizer) <= len(tokenizer.all_special_ids):", "if False:", BAD_INPUT),
+    Mutant("a reward that ends the program ends it", "except (Exception, SystemExit)", "except Exception", BAD_INPUT),
     Mutant("scores in the order of their lengths",
            "scores[i] = score", "scores[start + batch.index(i)] = score", REWARDS),
 ]  # fmt: skip
