@@ -23,7 +23,7 @@ SECONDS = 300  # for one mutant; a hang is noticed too
 FORMULAS, TRAINER, RESUME = (f"tests/test_ppo_{name}.py" for name in ("formulas", "trainer", "resume"))
 LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks", "device"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
-FAULTS, FIDELITY, VLLM = (f"tests/test_{name}.py" for name in ("faults", "fidelity", "vllm"))
+FAULTS, FIDELITY, VLLM, BAD_INPUT = (f"tests/test_{name}.py" for name in ("faults", "fidelity", "vllm", "bad_input"))
 
 
 class Mutant(NamedTuple):
@@ -268,6 +268,12 @@ MUTANTS = [
            'tokenizer.truncation_side, "left"', 'tokenizer.truncation_side, "right"', REWARDS),
     Mutant("a classifier without a trained head scores",
            'if info["missing_keys"] and not may_lack:', "if False:", REWARDS),
+    Mutant("a number outside its range let through", "if asked and not holds(number):", "if False:", BAD_INPUT),
+    Mutant("weights that are NaN let through", "not weight.isfinite().all()", "False", BAD_INPUT),
+    Mutant("tensors of another shape made up", 'in info["mismatched_keys"]:', "in []:", BAD_INPUT),
+    Mutant("a tokenizer without words let through",
+           "if len(tokenizer) <= len(tokenizer.all_special_ids):", "if False:", BAD_INPUT),
+    Mutant("a reward that ends the program ends it", "except (Exception, SystemExit)", "except Exception", BAD_INPUT),
     Mutant("scores in the order of their lengths",
            "scores[i] = score", "scores[start + batch.index(i)] = score", REWARDS),
 ]  # fmt: skip

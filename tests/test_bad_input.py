@@ -409,6 +409,7 @@ BAD_REWARDS = {
     "a square beyond float32": (lambda completions: [1e20] * 4, "returned 1e+20 for sample 0: prompt"),
     "an error": (raising(KeyError("length")), "failed: KeyError: 'length' (test_bad_input.py, line"),
     "an error without words": (raising(AssertionError()), "failed: AssertionError: AssertionError (test_bad_input.py"),
+    "an error of a library": (lambda completions: json.loads("{"), "failed: JSONDecodeError: Expecting"),
     "the end of the program": (raising(SystemExit(0)), "failed: SystemExit: 0 (test_bad_input.py, line"),
 }
 
@@ -435,6 +436,7 @@ def test_a_reward_function_that_fails_is_named(case, asynchronous, reward_traine
     reward_trainer.give, reward_trainer.give_later = (fine, give) if asynchronous else (give, fine)
     line = refusal(roll_out, reward_trainer)
     assert line.startswith(f"reward function '{'later' if asynchronous else 'my_reward'}' {said}")
+    assert "(test_bad_input.py, line" in line or "failed" not in line  # its own line, not that of a library
 
 
 def test_reward_functions_that_all_say_none_are_named(reward_trainer, refusal):

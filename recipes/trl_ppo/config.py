@@ -194,7 +194,7 @@ def check_arguments(model, args, train_dataset, others):
     if taken := columns & set(getattr(train_dataset, "column_names", None) or ()):
         raise UserError(f"train_dataset: rename column {min(taken)!r}; rewards get something else by that name")
     if isinstance(model, str) and find_adapter_config_file(model) is None:
-        load_skeleton(model, **(args.model_init_kwargs or {}))
+        load_skeleton(model, **({"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})))
     check_engine(args)
 
 

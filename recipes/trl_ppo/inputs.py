@@ -118,7 +118,7 @@ def reward_failures(name: str, where: str = ""):
     try:
         yield
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[:3][-1]  # after this one and its caller: its own
         said = f"{type(error).__name__}: {first_line(error)} ({Path(frame.filename).name}, line {frame.lineno})"
         raise ScoreError(f"reward function {name!r} failed{where}: {said}") from error
 

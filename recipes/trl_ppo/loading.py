@@ -10,7 +10,14 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from .inputs import UserError, first_line
 
-PLACE = ("revision", "subfolder", "variant", "token", "trust_remote_code")  # which files `from_pretrained` reads
+PLACE = (
+    "revision",
+    "subfolder",
+    "variant",
+    "cache_dir",
+    "token",
+    "trust_remote_code",
+)  # which files `from_pretrained` reads
 
 
 @contextmanager
