@@ -22,7 +22,7 @@ from trl_ppo import PPOConfig
 QWEN2 = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
 LORA = {"lora_targets": "all-linear", "gradient_checkpointing": True}
 JOBS = {
-    "lora": Job("lora", "qwen2", QWEN2 | {"num_key_value_heads": 2}, 12000, 8, 4, (256, 256), (4, 4), **LORA),
+    "lora": Job("lora", "qwen2", QWEN2 | {"num_key_value_heads": 2}, 80000, 8, 4, (256, 256), (4, 4), **LORA),
     "full": Job("full", "gpt2", {"n_embd": 384, "n_layer": 6, "n_head": 6}, 20000, 8, 4, (128, 128), (16, 16)),
 }
 
