@@ -42,6 +42,7 @@ from trl_ppo.critic import ValueHead, ValueModel
 from trl_ppo.logprobs import CompletionTokens, add_logprobs_forward
 
 ROLES = ["policy", "reference", "critic", "reward model", "optimiser", "gradients", "KV cache", "logits", "activations"]
+PPO_RECIPES = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("recipes/*_ppo.py"))
 AUTOCAST = {"no": nullcontext}
 AUTOCAST |= {"bf16": partial(torch.autocast, "cpu", torch.bfloat16), "fp16": partial(torch.autocast, "cpu", torch.half)}
 
@@ -225,16 +226,28 @@ def table(phases):
     return "\n".join("| " + " | ".join(line) + " |" for line in shown)
 
 
+class Parser(argparse.ArgumentParser):
+    """Leaves what it does not know to the recipe, as `options`."""
+
+    def parse_args(self, args=None, namespace=None):
+        known, rest = self.parse_known_args(args, namespace)
+        return argparse.Namespace(**vars(known), options=rest)
+
+
+def make_parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--recipe", required=True, choices=PPO_RECIPES, help="whose YAML is read")
+    parser.add_argument("--mixed_precision", default="bf16", choices=AUTOCAST, help="of the accelerate config")
+    return parser
+
+
 @one_line_errors()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="one that does PPO, as qwen_summarize_ppo")
-    parser.add_argument("--mixed_precision", default="bf16", choices=AUTOCAST, help="of the accelerate config")
-    args, given = parser.parse_known_args(argv)
+    args = make_parser().parse_args(argv)
     recipe = importlib.import_module(args.recipe)
     types = typing.get_type_hints(recipe.main).values()
     transformers.logging.set_verbosity_error()
-    phases = memory(*parse(recipe.__file__, *types, args=[*given, "--use_cpu", "true"]), args.mixed_precision)
+    phases = memory(*parse(recipe.__file__, *types, args=[*args.options, "--use_cpu", "true"]), args.mixed_precision)
     print(table(phases))
     print(f"peak {max(sum(each.values()) for each in phases.values()) / 1e9:.1f} GB, computed")
 

@@ -104,7 +104,7 @@ def test_the_yaml_quotes_what_is_computed(config, capsys):
     main(["--recipe", "qwen_summarize_ppo", *(["--config", config] if config else [])])
     peak = capsys.readouterr().out.splitlines()[-1].split()[1]
     path = f"variants/qwen_summarize_ppo/{config}.yaml" if config else "qwen_summarize_ppo.yaml"
-    assert f"Memory on a GPU: {peak} GB, computed" in (ROOT / "recipes" / path).read_text()
+    assert f"Memory on a GPU, computed: {peak} GB" in (ROOT / "recipes" / path).read_text()
 
 
 def test_the_command_prints_a_column_a_phase_and_the_peak(qwen2_path, classifier_path, capsys):
