@@ -81,7 +81,7 @@ def recipe(name, folder, smoke):
     given = ["--config", variant] if variant else []
     script, training, model = parsed(args=given)
     own = random_models.build(model.model_name_or_path, folder, smoke)
-    given += ["--model_name_or_path", own, "--output_dir", str(folder / "out"), "--save_strategy", "no"]
+    given += ["--model_name_or_path", own, "--output_dir", str(folder / "out" / name), "--save_strategy", "no"]
     given += ["--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "1"]
     given += USE_VLLM if name.endswith(VLLM) else []
     given += ["--use_cpu", "true", "--per_device_train_batch_size", "2"] if smoke else []

@@ -12,6 +12,8 @@ DEBERTA |= {"relative_attention": True, "position_buckets": 256, "share_att_key"
 DEBERTA |= {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0}
 QWEN2 = {"tie_word_embeddings": True, "max_position_embeddings": 32768}
 QWEN05, QWEN15, REWARD = QWEN25_05B | QWEN2, QWEN25_15B | QWEN2, {"num_labels": 1}
+QWEN7 = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN7 |= {"num_key_value_heads": 4, "tie_word_embeddings": False, "max_position_embeddings": 32768}
 LM, CLASSIFIER, TRUNK = "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel"
 # The models that the YAMLs name: type of configuration, sizes, vocabulary, class. BERT's defaults are the real sizes.
 MODELS = {
@@ -24,6 +26,7 @@ MODELS = {
     "microsoft/deberta-v3-base": ("deberta-v2", DEBERTA, 128100, TRUNK),
     "Qwen/Qwen2.5-0.5B": ("qwen2", QWEN05, 151936, LM),
     "Qwen/Qwen2.5-1.5B": ("qwen2", QWEN15, 151936, LM),
+    "Qwen/Qwen2.5-7B": ("qwen2", QWEN7, 152064, LM),
     "runs/qwen_summarize_sft/merged": ("qwen2", QWEN05, 151936, LM),
     "runs/qwen_summarize_sft_qlora/merged": ("qwen2", QWEN15, 151936, LM),
     "runs/qwen_summarize_reward": ("qwen2", QWEN05 | REWARD, 151936, CLASSIFIER),

@@ -41,6 +41,7 @@ def test_the_plan_has_every_recipe_and_every_job_for_a_gpu():
         ("openai-community/gpt2-large", 774),
         ("Qwen/Qwen2.5-0.5B", 494),
         ("Qwen/Qwen2.5-1.5B", 1544),
+        ("Qwen/Qwen2.5-7B", 7616),
         ("lvwerra/distilbert-imdb", 66),
         ("google-bert/bert-base-uncased", 109),
         ("microsoft/deberta-v3-base", 184),
