@@ -137,6 +137,10 @@ def _parse(script, dataclass_types, args):
         *outputs, rest = parser.parse_args_into_dataclasses(args, True, look_for_args_file=False)
         for output in outputs:
             check_numbers(vars(output))
+            if getattr(output, "hub_token", None):
+                raise UserError(
+                    "hub_token: would be written to training_args.bin; set HF_TOKEN in the environment instead"
+                )
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # from a `__post_init__`
         if isinstance(error, UserError):
             raise

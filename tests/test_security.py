@@ -110,6 +110,15 @@ def test_a_models_own_code_is_not_run_unless_asked_for(gpt2_path, tmp_path, mark
     assert not marker.exists()
 
 
+def test_a_token_among_the_settings_is_refused_since_trainer_writes_them(capsys):
+    script, types = str(ROOT / "recipes/sentiment_gpt2_ppo.py"), (PPOArguments, PPOConfig, ModelConfig)
+    with pytest.raises(SystemExit):
+        parse(script, *types, args=["--hub_token", "planted-token"])
+    error = capsys.readouterr().err
+    assert "hub_token: would be written" in error
+    assert "planted-token" not in error
+
+
 def test_what_a_run_writes_is_safetensors_and_holds_no_secret_of_the_environment(gpt2_path, tmp_path):
     secrets = {name: f"planted-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")}
     script = (
