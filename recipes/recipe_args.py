@@ -139,7 +139,7 @@ def _parse(script, dataclass_types, args):
             check_numbers(vars(output))
             if getattr(output, "hub_token", None):
                 raise UserError(
-                    "hub_token: would be written to training_args.bin; set HF_TOKEN in the environment instead"
+                    "hub_token: training_args.bin would hold it; set HF_TOKEN in the environment instead"
                 )
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # from a `__post_init__`
         if isinstance(error, UserError):

@@ -115,7 +115,7 @@ def test_a_token_among_the_settings_is_refused_since_trainer_writes_them(capsys)
     with pytest.raises(SystemExit):
         parse(script, *types, args=["--hub_token", "planted-token"])
     error = capsys.readouterr().err
-    assert "hub_token: would be written" in error
+    assert "hub_token: training_args.bin" in error
     assert "planted-token" not in error
 
 
