@@ -38,8 +38,8 @@ def with_finite_scores(reward_func, args=None):
 
     async def later(prompts, completions, **columns):
         with reward_failures(name):
-            call = reward_func(prompts=prompts, completions=completions, **columns)
-            values = await asyncio.wait_for(call, timeout)
+            async with asyncio.timeout(timeout):  # `wait_for` has a task of its own, out of which SystemExit ends all
+                values = await reward_func(prompts=prompts, completions=completions, **columns)
         return finite_scores(name, values, prompts, completions)
 
     def at_once(prompts, completions, **columns):
