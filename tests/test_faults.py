@@ -1,5 +1,6 @@
 """What goes wrong while a run trains or resumes: nothing is lost, and one line says what it was."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -276,6 +277,10 @@ def broken(prompts, completions, **columns):
     raise ConnectionError("the scorer is down")
 
 
+async def hangs_later(prompts, completions, **columns):
+    await asyncio.sleep(30)
+
+
 async def broken_later(prompts, completions, **columns):
     raise ConnectionError("the scorer is down")
 
@@ -294,6 +299,7 @@ def leaves(prompts, completions, **columns):
         (broken, r"'broken' failed: ConnectionError: the scorer is down \(test_faults.py, line [0-9]+\)"),
         (broken_later, r"'broken_later' failed: ConnectionError: the scorer is down \(test_faults.py, line [0-9]+\)"),
         (hangs, "'hangs' failed: TimeoutError: no scores after 1 s"),
+        (hangs_later, "'hangs_later' failed: TimeoutError"),
         (leaves, "'leaves' failed: SystemExit"),
     ],
 )
