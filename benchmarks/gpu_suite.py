@@ -160,7 +160,7 @@ def machine():
     """Asked for in a process that ends: this one stays small, and holds nothing of the GPU."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'none')"
     gpu = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-    return {"gpu": gpu, "processor": cpu_name(), "cores": os.cpu_count(), "commit": git_commit()}
+    return {"gpu": gpu, "processor": cpu_name(), "cores": os.cpu_count()}
 
 
 def line(name, results):
@@ -183,6 +183,7 @@ def make_parser():
     parser.add_argument("--trl112", type=Path, help="folder of TRL 1.12's unpacked wheel")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "gpu_suite", help="for models, data and logs")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu_suite.json", help="default: %(default)s")
+    parser.add_argument("--commit", default=git_commit(), help="for the JSON, where git does not know it")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU: whether it runs, not how fast")
     parser.add_argument("--worker", choices=PLAN, help=argparse.SUPPRESS)
     return parser
@@ -196,7 +197,7 @@ def main(argv=None):
         args.output.write_text(json.dumps(run(args.worker, args.folder, args.smoke)))
         return
     content = json.loads(args.output.read_text()) if args.output.exists() else {"jobs": {}}
-    results, here = content["jobs"], machine()
+    results, here = content["jobs"], machine() | {"commit": args.commit}
     args.folder.mkdir(parents=True, exist_ok=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     failed = [name for name in PLAN if "error" in results.get(name, {})]

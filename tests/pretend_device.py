@@ -143,8 +143,10 @@ class _Placing(TorchFunctionMode):
             return tensor.to(*rest, **kwargs) if [a for a in rest if isinstance(a, torch.dtype)] or kwargs else tensor
         if name == "scaled_dot_product_attention" and isinstance(args[0], PretendTensor):
             query, key, value = (tensor.contiguous() for tensor in args[:3])
-            attention = aten._scaled_dot_product_attention_math
-            return attention(query, key, value, kwargs.pop("attn_mask", None), **kwargs)[0]
+            mask = kwargs.pop("attn_mask", None)
+            if mask is not None and mask.dtype == torch.bool:  # what is underneath wants what is added to the scores
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+            return aten._scaled_dot_product_attention_math(query, key, value, mask, **kwargs)[0]
         return func(*args, **kwargs)
 
 

@@ -26,7 +26,7 @@ COMPLETIONS = [[5], [6, 7, 8, 1], [10, 11], [12, 13, 14, 15, 16, 1], [17, 18], [
 
 
 def train(path, folder, **set):
-    """One rollout, its updates and an evaluation, everything optional switched on; `(trainer, saved weights)`."""
+    """One rollout, its updates, an evaluation, everything optional switched on; `(trainer, samples, saved weights)`."""
     trainer = make_trainer(
         path,
         folder,
@@ -47,18 +47,18 @@ def train(path, folder, **set):
         learning_rate=1e-2,
         **set,
     )
-    sample = trainer._generate_single_turn
+    sample, sampled = trainer._generate_single_turn, []
 
-    def sample_and_replace(prompt_ids, *args, **kwargs):  # a draw may fall differently by its last bit
+    def sample_and_replace(prompt_ids, *args, **kwargs):  # by completions of many lengths
         completion_ids, logprobs = sample(prompt_ids, *args, **kwargs)
-        assert len(completion_ids) == len(prompt_ids)
+        sampled.append(completion_ids)
         return COMPLETIONS[: len(prompt_ids)], logprobs
 
     trainer._generate_single_turn = sample_and_replace
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
-    return trainer, {file.name: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    return trainer, sampled, {file.name: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,13 @@ def test_a_run_on_the_device_mixes_no_devices_and_ends_as_one_on_the_cpu(
         "separate critic": {"value_model_path": classifier_path, "gradient_checkpointing": True},
     }[kind]
     monkeypatch.setattr("trl_ppo.trainer.cpu_folder", lambda device: None)
-    _, expected = train(path, tmp_path / "cpu", reward_funcs=RewardModel(classifier_path), **options)
+    _, samples, expected = train(path, tmp_path / "cpu", reward_funcs=RewardModel(classifier_path), **options)
     with pretend_device():
         reward = RewardModel(classifier_path)
-        trainer, weights = train(path, tmp_path / "device", use_cpu=False, reward_funcs=reward, **options)
+        trainer, sampled, weights = train(path, tmp_path / "device", use_cpu=False, reward_funcs=reward, **options)
     assert {reward.device, trainer.accelerator.device} == {DEVICE}
     assert {parameter.device for parameter in trainer.model.parameters()} == {DEVICE}
+    assert sampled == samples
     assert weights.keys() == expected.keys()
     for file, tensors in expected.items():
         assert weights[file].keys() == tensors.keys()
@@ -103,6 +104,18 @@ def test_the_device_refuses_what_a_gpu_refuses():
         assert (there * 2 + torch.tensor(1.0)).tolist() == [3.0, 3.0]  # a scalar may lie anywhere
         assert there[torch.tensor([0])].device == DEVICE  # and so may an index
         assert torch.equal(there.cpu(), here)
+
+
+def test_attention_with_padding_is_the_same_on_the_device():
+    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 1, 5, 5).tril().bool()
+    mask[1, :, :, :2] = False  # padding on the left; its own rows see nothing
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with pretend_device():
+        there = [tensor.to(DEVICE) for tensor in (query, key, value, mask)]
+        result = torch.nn.functional.scaled_dot_product_attention(*there[:3], attn_mask=there[3])
+        assert torch.allclose(result.cpu()[0], expected[0], atol=1e-6)
+        assert torch.allclose(result.cpu()[1, :, 2:], expected[1, :, 2:], atol=1e-6)
 
 
 def test_every_time_that_is_logged_is_read_once_the_device_is_idle(gpt2_path, tmp_path, monkeypatch):
