@@ -138,9 +138,7 @@ def _parse(script, dataclass_types, args):
         for output in outputs:
             check_numbers(vars(output))
             if getattr(output, "hub_token", None):
-                raise UserError(
-                    "hub_token: training_args.bin would hold it; set HF_TOKEN in the environment instead"
-                )
+                raise UserError("hub_token: training_args.bin would hold it; set HF_TOKEN in the environment instead")
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # from a `__post_init__`
         if isinstance(error, UserError):
             raise
