@@ -16,8 +16,6 @@ from benchmarks.throughput_jobs import Job, tiny
 from benchmarks.throughput_run import adapters, build, load_tokenizer, make_prompts
 from trl_ppo import PPOConfig, PPOTrainer, trainer
 
-trainer.cpu_folder = lambda device: None
-
 
 def status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
@@ -73,6 +71,7 @@ def run(job, folder):
 
 
 if __name__ == "__main__":
+    trainer.cpu_folder = lambda device: None
     job, folder = Job.from_json(sys.argv[2]), Path(sys.argv[1])
     for each, name in ((tiny(job), "warm-up"), (job, "job")):
         (folder / name).mkdir()
