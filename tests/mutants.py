@@ -23,7 +23,8 @@ SECONDS = 300  # for one mutant; a hang is noticed too
 FORMULAS, TRAINER, RESUME = (f"tests/test_ppo_{name}.py" for name in ("formulas", "trainer", "resume"))
 LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks", "device"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
-FAULTS, FIDELITY, VLLM, BAD_INPUT = (f"tests/test_{name}.py" for name in ("faults", "fidelity", "vllm", "bad_input"))
+ENGINES, FAULTS, FIDELITY = (f"tests/test_{name}.py" for name in ("engines", "faults", "fidelity"))
+VLLM, BAD_INPUT = (f"tests/test_{name}.py" for name in ("vllm", "bad_input"))
 
 
 class Mutant(NamedTuple):
@@ -197,6 +198,15 @@ MUTANTS = [
     Mutant("a signal stops without saving", 'for what in ("log", "save", "training_stop")',
            'for what in ("log", "training_stop")', FAULTS),
     Mutant("a reward function may take for ever", "signal.alarm(seconds)", "0", FAULTS),
+    # Engines
+    Mutant("FSDP is taken as it writes no model", "        if given != value:", "        if False:", ENGINES),
+    Mutant("epochs are stopped under DeepSpeed", "and args.deepspeed_plugin is not None", "and False", ENGINES),
+    Mutant("FSDP2 rounds log-probabilities and values",
+           "param_dtype=dtype, reduce_dtype=torch.float32)",
+           "param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)", ENGINES),
+    Mutant("the value head takes its weights as they are",
+           "F.linear(states.float(), self.weight.float(), self.bias.float())",
+           "F.linear(states.float(), self.weight, self.bias)", ENGINES),
     # vLLM as the sampler
     Mutant("the critic is sent to vLLM", 'if not pair[0].startswith("critic.")', "if True", VLLM),
     Mutant("vLLM stops at end tokens of its own", '"ignore_eos": True', '"ignore_eos": False', VLLM),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from conftest import ROOT
 from trl_ppo.config import check_engine
+from trl_ppo.critic import ValueHead
 from trl_ppo.inputs import UserError
 
 CASES = ["full", "lora", "critic", "bf16-full", "bf16-lora", "bf16-critic"]
@@ -27,6 +28,61 @@ ENGINES = {  # accelerate config → accelerate's name for it, ranks
     "zero3": ("DEEPSPEED", 2),
 }
 SHARDED = ["fsdp2", "zero2", "zero3"]
+
+
+# --- Settings ------------------------------------------------------------------------------------------------------
+
+
+class Settings:
+    """What `check_engine` reads of a `PPOConfig`."""
+
+    fsdp_plugin_args = deepspeed_plugin = stop_epochs_at_kl = None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("version", "1"), ("state_dict_type", "SHARDED_STATE_DICT"), ("cpu_ram_efficient_loading", "true")],
+)
+def test_an_fsdp_setting_under_which_nothing_good_is_trained_or_saved_is_refused(monkeypatch, key, value):
+    sound = {"version": "2", "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": "false"}
+    for name, given in {"ACCELERATE_USE_FSDP": "true", **{f"FSDP_{n.upper()}": v for n, v in sound.items()}}.items():
+        monkeypatch.setenv(name, given)
+    check_engine(Settings())
+    monkeypatch.setenv(f"FSDP_{key.upper()}", value)
+    with pytest.raises(UserError, match=f"fsdp_{key}: .* set it to "):
+        check_engine(Settings())
+
+
+def test_stopping_epochs_is_refused_under_deepspeed_which_steps_before():
+    settings = Settings()
+    settings.stop_epochs_at_kl = 0.1
+    check_engine(settings)
+    settings.deepspeed_plugin = object()
+    with pytest.raises(UserError, match="stop_epochs_at_kl: DeepSpeed"):
+        check_engine(settings)
+
+
+@pytest.mark.parametrize(("mixed_precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_under_fsdp2_log_probabilities_and_values_are_not_rounded_to_the_type_of_the_weights(
+    monkeypatch, mixed_precision, dtype
+):
+    settings = Settings()
+    settings.fsdp_plugin_args = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", mixed_precision)
+    check_engine(settings)
+    policy = settings.fsdp_plugin_args["mixed_precision_policy"]
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, None)
+
+
+def test_a_value_head_whose_weights_an_engine_made_bf16_works_in_float32():
+    states = torch.randn(5, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    head = ValueHead(8).bfloat16()
+    values = head(states)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, states.float() @ head.weight[0].float())
+
+
+# --- Runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -138,35 +194,3 @@ def test_row_24_a_peft_reward_model_scores_the_same_under_an_engine(runs, engine
     alone, under_engine = json.loads((runs(engine) / "scores.json").read_text())
     assert alone == under_engine
     assert alone[0] != alone[1]
-
-
-# --- What is refused ------------------------------------------------------------------------------------------------
-
-
-class Settings:
-    """What `check_engine` reads of a `PPOConfig`."""
-
-    fsdp_plugin_args = deepspeed_plugin = stop_epochs_at_kl = None
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("version", "1"), ("state_dict_type", "SHARDED_STATE_DICT"), ("cpu_ram_efficient_loading", "true")],
-)
-def test_an_fsdp_setting_under_which_nothing_good_is_trained_or_saved_is_refused(monkeypatch, key, value):
-    sound = {"version": "2", "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": "false"}
-    for name, given in {"ACCELERATE_USE_FSDP": "true", **{f"FSDP_{n.upper()}": v for n, v in sound.items()}}.items():
-        monkeypatch.setenv(name, given)
-    check_engine(Settings())
-    monkeypatch.setenv(f"FSDP_{key.upper()}", value)
-    with pytest.raises(UserError, match=f"fsdp_{key}: .* set it to "):
-        check_engine(Settings())
-
-
-def test_stopping_epochs_is_refused_under_deepspeed_which_steps_before():
-    settings = Settings()
-    settings.stop_epochs_at_kl = 0.1
-    check_engine(settings)
-    settings.deepspeed_plugin = object()
-    with pytest.raises(UserError, match="stop_epochs_at_kl: DeepSpeed"):
-        check_engine(settings)
