@@ -23,7 +23,7 @@ memory-test: .venv/.installed
 mutants: .venv/.installed
 	$(BIN)/python tests/mutants.py
 
-# Breaks runs in 14 ways at 20 moments each and resumes them; two hours at most. Without root ten of the ways.
+# Breaks runs in 14 ways at 20 moments each and resumes them; two hours at most. Without root, only ten of the 14.
 faults: .venv/.installed
 	$(BIN)/python benchmarks/faults.py
 

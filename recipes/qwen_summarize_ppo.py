@@ -18,7 +18,7 @@ from trl_ppo import PPOConfig, PPOTrainer
 
 def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
     script_args.check(training_args, model_args)
-    script_args.claim_output_dir(training_args)
+    script_args.claim_output_dir(training_args, model_args)
     path = model_args.model_name_or_path
     check_model("model_name_or_path", path, "CausalLM")
 

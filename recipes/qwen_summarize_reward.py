@@ -31,7 +31,7 @@ class RewardArguments(RecipeArguments):
 
 def main(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig):
     script_args.check(model_args)
-    script_args.claim_output_dir(training_args)
+    script_args.claim_output_dir(training_args, model_args)
     path, max_length = model_args.model_name_or_path, training_args.max_length
     check_length(path, check_model("model_name_or_path", path, "SequenceClassification"), max_length)
 

@@ -49,7 +49,7 @@ def scratch_model(script_args, tokenizer, max_length):
 
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
     script_args.check(model_args)
-    script_args.claim_output_dir(training_args)
+    script_args.claim_output_dir(training_args, model_args)
     path = model_args.model_name_or_path
     check_model("model_name_or_path", path, None if script_args.scratch_layers else "CausalLM")
     columns = ["prompt", "completion"]

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import fcntl
+import functools
 import json
 import os
 import random
@@ -123,7 +124,7 @@ def _parse(script, dataclass_types, args):
         if action.dest == "output_dir":  # transformers would invent one
             action.required = True
         if get_origin(hints.get(action.dest)) is dict:
-            action.type = lambda text, hint=hints[action.dest]: _fit("--" + text, yaml.safe_load(text), hint)
+            action.type = functools.partial(_mapping, hint=hints[action.dest])
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     values = _read_yaml(path, shown)
     for key, value in values.items():
@@ -211,6 +212,15 @@ def _fit(where: str, value, hint):
         raise UserError(f"{where}: {value!r} {said}{advice}") from None
 
 
+def _mapping(text: str, hint):
+    """A mapping on the command line, written as in a YAML."""
+    try:
+        return _fit("", yaml.load(text, _Loader), hint)
+    except (UserError, yaml.YAMLError) as error:
+        said = " ".join(str(error).removeprefix(": ").split())
+        raise argparse.ArgumentTypeError(f"{said}; write it as '{{name: value}}'") from None
+
+
 def _unknown(what, name, known) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"unknown {what} {name}" + (f"; did you mean {close[0]}?" if close else "; --help lists those there are")
@@ -231,14 +241,19 @@ class OutputArguments(ScriptArguments):
 
     CHECKPOINT_FILES: ClassVar[tuple] = ()  # what a checkpoint must hold besides Trainer's files
 
-    def claim_output_dir(self, training_args) -> None:
+    def claim_output_dir(self, training_args, model_args) -> None:
         """Take `output_dir` for this run alone, and put the checkpoint to resume from, or None, into `training_args`.
 
-        UserError for a folder that cannot be written to, that another run is writing to, or that holds a run already.
+        UserError for a folder that cannot be written to, that another run is writing to, that a model is read from, or
+        that holds a run already.
         """
         from trl_ppo.checkpoints import checkpoint_to_resume, numbered, set_aside  # torch waits until here
 
         folder, main = Path(training_args.output_dir), training_args.process_index == 0
+        for key in ("model_name_or_path", "reward_model", "value_model_path"):
+            paths = [getattr(args, key, None) for args in (self, training_args, model_args)]
+            if any(path and folder.resolve() == Path(path).resolve() for path in paths):
+                raise UserError(f"output_dir: '{folder}' is where {key} is read from; give another folder")
         if main:
             lock_folder(folder)
         given = training_args.resume_from_checkpoint
@@ -272,7 +287,10 @@ def lock_folder(folder: Path) -> None:
     try:
         fcntl.flock(_LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"output_dir: another run is writing to '{folder}'; end it, or give another folder") from error
+        raise UserError(
+            f"output_dir: another run is writing to '{folder}' (after Ctrl-C until its rollout ends); wait, or give "
+            "another folder"
+        ) from error
     except OSError:  # a file system without locks
         pass
 

@@ -50,7 +50,8 @@ def find_function(key: str, name: str):
         if name in here:
             return here[name]
         raise UserError(
-            f"{key}: {name!r} is not a reward; give {', '.join(here)}, or a function of your own as file.py:function"
+            f"{key}: {name!r} is not a reward; give reward_model, {', '.join(here)}, or a function of your own as "
+            "file.py:function"
         )
     try:
         function = getattr(

@@ -83,7 +83,7 @@ def tokenize_sides(pairs, tokenizer, label, max_length):
 def main(script_args: ClassifierArguments, training_args: TrainingArguments, model_args: ModelConfig):
     if model_args.use_peft:
         raise UserError("use_peft: true, but this recipe trains whole models; set use_peft: false")
-    script_args.claim_output_dir(training_args)
+    script_args.claim_output_dir(training_args, model_args)
     seed, max_length = training_args.seed, script_args.max_length
     if not script_args.scratch_layers:
         path = model_args.model_name_or_path

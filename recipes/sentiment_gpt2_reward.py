@@ -71,7 +71,7 @@ def load_either(script_args, split, seed, limit):
 
 def main(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig):
     script_args.check(model_args)
-    script_args.claim_output_dir(training_args)
+    script_args.claim_output_dir(training_args, model_args)
     path, max_length = model_args.model_name_or_path, training_args.max_length
     check_length(path, check_model("model_name_or_path", path, "SequenceClassification"), max_length)
 

@@ -76,7 +76,7 @@ def load_texts(script_args, split, column):
 
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
     script_args.check(model_args)
-    script_args.claim_output_dir(training_args)
+    script_args.claim_output_dir(training_args, model_args)
     column = training_args.dataset_text_field
     if not script_args.scratch_layers:
         check_model("model_name_or_path", model_args.model_name_or_path, "CausalLM")

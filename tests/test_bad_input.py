@@ -169,7 +169,7 @@ BAD_SETTINGS = [
     ({"output_dir": None}, "required: --output_dir"),
     ({"rewards": None}, "rewards: None should be an object"),
     ({"rewards": {}}, "rewards: is empty"),
-    ({"rewards": {"length": 1.0}}, "rewards: 'length' is not a reward; give word_count, length_penalty"),
+    ({"rewards": {"length": 1.0}}, "rewards: 'length' is not a reward; give reward_model, word_count, length_penalty"),
     ({"rewards": {"reward_model": 1.0}}, "rewards: reward_model has a weight, but reward_model: names no classifier"),
     ({"rewards": {"gone.py:f": 1.0}}, "rewards: cannot import gone.py:f: FileNotFoundError"),
     ({"rewards": {"math:no_such": 1.0}}, "rewards: cannot import math:no_such: AttributeError"),

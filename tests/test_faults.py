@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
+from trl import ModelConfig
 
 from conftest import ROOT
-from recipe_args import OutputArguments, lock_folder, one_line_errors
+from recipe_args import OutputArguments, PPOArguments, lock_folder, one_line_errors
 from test_ppo_resume import assert_same_end, job
 from test_ppo_trainer import letter_share
 from trl_ppo.checkpoints import PPO_FILES, checkpoint_to_resume, damage, numbered
@@ -149,10 +151,12 @@ def test_a_resume_says_which_settings_differ_and_which_value_is_used(gpt2_path, 
     folder, _ = run
     trainer = job(gpt2_path, folder, num_train_epochs=1, learning_rate=0.5, kl_coef=0.7, gamma=0.9)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not all settings" in line]
-    for said in ("learning_rate: 0.001 (not 0.5)", "kl_coef: 0.05 (not 0.7)", "gamma: 0.9 (not 1.0)"):
-        assert said in line
-    assert line.count("(not ") == 3
+    lines = capsys.readouterr().out.splitlines()
+    (kept,) = [line for line in lines if "kept from the checkpoint: " in line]
+    (changed,) = [line for line in lines if "resume_from_checkpoint: changed: " in line]
+    assert "learning_rate 0.001 (you gave 0.5)" in kept
+    assert "kl_coef 0.05 (you gave 0.7)" in kept
+    assert changed.endswith("changed: gamma 0.9 (was 1.0)")
     assert trainer.state.log_history[-2]["learning_rate"] < 0.001
     assert trainer.kl_coef < 0.1
 
@@ -209,7 +213,7 @@ def test_a_signal_saves_at_the_rollouts_end_and_prints_the_command_that_goes_on(
     assert damage(tmp_path / "checkpoint-4", also=PPO_FILES) is None
     said = capfd.readouterr()
     command = "recipes/x.py --config 'my file.yaml' --resume_from_checkpoint true"
-    assert said.out.splitlines()[-1] == f"stopped after step 4, saved; to go on, launch: {command}"
+    assert said.out.splitlines()[-1] == f"stopped after step 4, saved; to go on: python {command}"
     assert "a second signal (Ctrl-C) leaves at once" in said.err
     resumed = job(gpt2_path, tmp_path, num_train_epochs=1, save_strategy="no")
     resumed.train(resume_from_checkpoint=True)
@@ -222,7 +226,7 @@ def test_a_signal_saves_at_the_rollouts_end_and_prints_the_command_that_goes_on(
 
 def claim(folder, resume=None, **set):
     args = Args(folder, resume)
-    OutputArguments(**set).claim_output_dir(args)
+    OutputArguments(**set).claim_output_dir(args, ModelConfig(model_name_or_path="a/model"))
     return args.resume_from_checkpoint
 
 
@@ -235,6 +239,17 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed_or_overwritte
     assert not list(folder.glob("checkpoint-*")), "a later resume must not take the old run's"
     assert len(list(folder.glob("old_checkpoints/*/checkpoint-*/trainer_state.json"))) == 2
     assert claim(folder) is None
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "reward_model", "value_model_path"])
+def test_a_folder_that_a_model_is_read_from_is_refused_even_to_be_overwritten(tmp_path, key):
+    (tmp_path / "model").mkdir()
+    script = PPOArguments(dataset_name="data", rewards={}, overwrite_output_dir=True)
+    args, model = SimpleNamespace(output_dir=str(tmp_path / "model"), process_index=0), ModelConfig()
+    owner = next(each for each in (model, script, args) if hasattr(each, key) or each is args)
+    setattr(owner, key, f"{tmp_path}/other/../model/")
+    with pytest.raises(UserError, match=f"output_dir: .*model' is where {key} is read from; give another folder"):
+        script.claim_output_dir(args, model)
 
 
 def test_a_finished_model_without_checkpoints_is_not_trained_over_by_a_resume(tmp_path):

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from trl import GRPOConfig, ModelConfig, RewardConfig, ScriptArguments
 
 import recipe_args
-from recipe_args import UserError, check_model, check_path, load_split, one_line_errors, parse
+from recipe_args import PPOArguments, UserError, check_model, check_path, load_split, one_line_errors, parse
+from trl_ppo import PPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = (ScriptArguments, RewardConfig, ModelConfig)
@@ -437,3 +438,24 @@ def test_an_unreachable_hub_is_one_line_with_the_mend():
 def test_the_module_imports_without_torch():
     code = "import sys, recipe_args; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(recipe_args.__file__).parent).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{reward_model: high}", "high"),
+        ("{reward_model: 1.0, reward_model: 2.0}", "twice"),
+        ("reward_model", "reward_model"),
+        ("{reward_model: [}", "reward_model"),
+    ],
+)
+def test_a_mapping_on_the_command_line_is_read_as_in_a_yaml_and_its_faults_are_named(given, said, capsys):
+    script = str(ROOT / "recipes/sentiment_gpt2_ppo.py")
+    types = (PPOArguments, PPOConfig, ModelConfig)
+    assert parse(script, *types, args=["--rewards", "{reward_model: 1e-2}"])[0].rewards == {"reward_model": 0.01}
+    with pytest.raises(SystemExit):
+        parse(script, *types, args=["--rewards", given])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--rewards: ")
+    assert said in line
+    assert "write it as '{name: value}'" in line

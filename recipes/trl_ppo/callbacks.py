@@ -100,8 +100,9 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self.trainer.remove_callback(self)
         if self.stopped and error is None:
-            command = shlex.join(sys.argv).removesuffix(RESUME) + RESUME
-            said = f"stopped after step {self.trainer.state.global_step}, saved; to go on, launch: {command}"
+            launcher = "accelerate launch …" if "ACCELERATE_DYNAMO_BACKEND" in os.environ else "python"  # it sets that
+            command = f"{launcher} {shlex.join(sys.argv).removesuffix(RESUME)}{RESUME}"
+            said = f"stopped after step {self.trainer.state.global_step}, saved; to go on: {command}"
             self.trainer.accelerator.print(said, flush=True)
             raise SystemExit(128 + self.stopped)
 

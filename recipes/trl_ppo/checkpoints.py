@@ -135,8 +135,9 @@ def load_state(trainer, folder):
             f"resume_from_checkpoint: '{folder}' was made with {name}: {then.get(name)}, not {now[name]}; give that, "
             "or start a new run in another output_dir"
         )
-    used = [(name, *((then, now) if name in THEIRS else (now, then))) for name in other]
-    if used and trainer.args.process_index == 0:
-        said = "; ".join(f"{name}: {this.get(name)} (not {that.get(name)})" for name, this, that in used)
-        print(f"resume_from_checkpoint: not all settings are the checkpoint's; used are {said}", flush=True)
+    kept = [f"{name} {then.get(name)} (you gave {now[name]})" for name in other if name in THEIRS]
+    changed = [f"{name} {now[name]} (was {then.get(name)})" for name in other if name not in THEIRS]
+    for what, settings in (("kept from the checkpoint", kept), ("changed", changed)):
+        if settings and trainer.args.process_index == 0:
+            print(f"resume_from_checkpoint: {what}: {'; '.join(settings)}", flush=True)
     trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]

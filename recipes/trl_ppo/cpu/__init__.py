@@ -9,8 +9,10 @@ import functools
 import sys
 
 import torch
+from accelerate.utils import DistributedType
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..inputs import UserError
 from .decoding import sample
 from .lm_head import PackedTokens
 
@@ -19,6 +21,8 @@ def speed_up(trainer):
     """Make a `PPOTrainer` on a CPU fast; the one call that the trainer makes."""
     keep_freed_memory()
     if trainer.is_fsdp_enabled:  # its modules and weights are of types of their own
+        if trainer.accelerator.distributed_type != DistributedType.FSDP:
+            raise UserError("FSDP: accelerate shards on GPUs alone; on a CPU take accelerate_configs/cpu_2_ranks.yaml")
         return
     use_tiles(trainer.policy, trainer.temperature)
     if trainer.ref_model is not None:
