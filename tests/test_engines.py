@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conftest import ROOT
+from test_ppo_trainer import make_trainer
 from trl_ppo.config import check_engine
 from trl_ppo.critic import ValueHead
 from trl_ppo.inputs import UserError
@@ -51,6 +52,13 @@ def test_an_fsdp_setting_under_which_nothing_good_is_trained_or_saved_is_refused
     monkeypatch.setenv(f"FSDP_{key.upper()}", value)
     with pytest.raises(UserError, match=f"fsdp_{key}: .* set it to "):
         check_engine(Settings())
+
+
+def test_fsdp_on_a_cpu_is_refused_where_accelerate_would_train_without_it(gpt2_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ppo.config.check_engine", lambda args: None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP: accelerate shards on GPUs alone"):
+        make_trainer(gpt2_path, tmp_path)
 
 
 def test_stopping_epochs_is_refused_under_deepspeed_which_steps_before():

@@ -6,10 +6,10 @@ random numbers of sampling; on a GPU it is never imported.
 
 import ctypes
 import functools
+import os
 import sys
 
 import torch
-from accelerate.utils import DistributedType
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..inputs import UserError
@@ -21,9 +21,9 @@ def speed_up(trainer):
     """Make a `PPOTrainer` on a CPU fast; the one call that the trainer makes."""
     keep_freed_memory()
     if trainer.is_fsdp_enabled:  # its modules and weights are of types of their own
-        if trainer.accelerator.distributed_type != DistributedType.FSDP:
-            raise UserError("FSDP: accelerate shards on GPUs alone; on a CPU take accelerate_configs/cpu_2_ranks.yaml")
         return
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError("FSDP: accelerate shards on GPUs alone; on a CPU take accelerate_configs/cpu_2_ranks.yaml")
     use_tiles(trainer.policy, trainer.temperature)
     if trainer.ref_model is not None:
         use_tiles(trainer.accelerator.unwrap_model(trainer.ref_model), trainer.temperature)
