@@ -39,7 +39,8 @@ def measure(job, folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a phase's peak is read as Linux has it")
-@pytest.mark.parametrize("name", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow  # `make memory-test`: half a minute each, and a machine short of memory would swap
+@pytest.mark.parametrize("name", JOBS)
 def test_the_computed_peak_of_each_phase_is_within_15_percent_of_the_measured_one(name, tmp_path):
     job = JOBS[name]
     measured = measure(job, tmp_path)
