@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from recipe_args import check_model
 from trl_ppo.inputs import UserError, first_line
-from trl_ppo.loading import check_usable, load_skeleton, load_whole
+from trl_ppo.loading import check_tokenizer, check_weights, load_skeleton, load_whole
 
 
 def at_least(lowest: int, most: float = math.inf) -> Callable[[str], int]:
@@ -68,7 +68,7 @@ def check_language_model(option: str, path: str) -> PreTrainedConfig:
     if not is_adapter(path):
         skeleton = load_skeleton(path, f"{option}: ")
         if not Path(path).is_dir() or any(Path(path).glob("tokenizer*")):
-            check_usable(skeleton, load_tokenizer(path))
+            check_tokenizer(skeleton, load_tokenizer(path))
     return config
 
 
@@ -88,7 +88,7 @@ def _load_adapter(path: str) -> torch.nn.Module:
         model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
     except Exception as error:  # a user's folder may be wrong in any way
         raise UserError(f"{path}: no language model can be loaded from there: {first_line(error)}") from error
-    check_usable(model)
+    check_weights(model)
     return model
 
 

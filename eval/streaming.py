@@ -39,11 +39,11 @@ def encode_prompt(predictor: Predictor, prompt: Prompt, args) -> torch.Tensor:
             prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program of its author's, and refuses turns in its own words
             raise UserError(f"the conversation template refused the prompt: {first_line(error)}") from error
-    # A template writes the special tokens itself.
     if re.search("[\ud800-\udfff]", prompt):
         raise UserError(
             f"the prompt {prompt!r:.60} is no text: it holds bytes that are not UTF-8, or half a surrogate pair"
         )
+    # A template writes the special tokens itself.
     ids = tokenizer(prompt, add_special_tokens=not args.chat, return_tensors="pt")["input_ids"].long()
     if not ids.size(1):
         raise UserError("the prompt has no tokens")

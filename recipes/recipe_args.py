@@ -418,10 +418,10 @@ def check_model(key: str, path: str | None, head: str | None = None):
             return AutoConfig.from_pretrained(base)
         if head is None:
             return AutoConfig.from_pretrained(path)
-        from trl_ppo.loading import check_usable, load_skeleton
+        from trl_ppo.loading import check_tokenizer, load_skeleton
 
         model = load_skeleton(path, f"{key}: ", head)
-        check_usable(model, AutoTokenizer.from_pretrained(path))
+        check_tokenizer(model, AutoTokenizer.from_pretrained(path))
         return model.config
     except UserError:
         raise

@@ -10,14 +10,8 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from .inputs import UserError, first_line
 
-PLACE = (
-    "revision",
-    "subfolder",
-    "variant",
-    "cache_dir",
-    "token",
-    "trust_remote_code",
-)  # which files `from_pretrained` reads
+# What says which files `from_pretrained` reads.
+PLACE = ("revision", "subfolder", "variant", "cache_dir", "token", "trust_remote_code")
 
 
 @contextmanager
@@ -56,7 +50,7 @@ def load_whole(auto_class, path, what, key="", may_lack=False, **kwargs):
             raise ValueError(f"it has no {', '.join(sorted(info['missing_keys'])[:3])}")
         for name, theirs, ours in info["mismatched_keys"]:
             raise ValueError(f"{name} is {[*theirs]}, which config.json wants to be {[*ours]}")
-    check_usable(model)
+    check_weights(model)
     return model
 
 
@@ -79,14 +73,23 @@ def load_skeleton(path, key="", head="CausalLM", **kwargs):
     return load_whole(auto_class, path, what, key, may_lack=head != "CausalLM", device_map="meta", **kwargs)
 
 
-def check_usable(model, tokenizer=None):
-    """UserError for weights that are NaN or infinite, and for a tokenizer that is empty or another model's."""
+def check_usable(model, tokenizer):
+    """UserError as `check_weights` and `check_tokenizer`."""
+    check_weights(model)
+    check_tokenizer(model, tokenizer)
+
+
+def check_weights(model):
+    """UserError for weights that are NaN or infinite."""
     path = model.config._name_or_path
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
             raise UserError(f"{path!r}: {name} is NaN or infinite in places; take an earlier checkpoint")
-    if tokenizer is None:
-        return
+
+
+def check_tokenizer(model, tokenizer):
+    """UserError for a tokenizer that is empty, or another model's."""
+    path = model.config._name_or_path
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{path!r}: its tokenizer knows no words; put tokenizer.json and tokenizer_config.json there")
     ids = {*tokenizer.get_vocab().values()} - {tokenizer.unk_token_id}  # which transformers adds where there is none

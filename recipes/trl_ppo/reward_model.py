@@ -20,7 +20,7 @@ from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .inputs import UserError, as_text, finite_scores, join, looks_local, reward_failures
-from .loading import check_usable, load_whole, whole_on_every_rank
+from .loading import check_tokenizer, check_weights, load_whole, whole_on_every_rank
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # where classifiers keep their labels
 
@@ -213,7 +213,7 @@ def load_classifier(path: str, dtype):
     else:
         model = _load_with_head(path, dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    check_usable(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     return model, tokenizer
 
 
@@ -234,5 +234,6 @@ def _load_adapter(path, dtype):
         _load_with_head(base, dtype)
         kwargs = {}
     model = AutoPeftModelForSequenceClassification.from_pretrained(path, dtype=dtype, **kwargs)
+    check_weights(model)
     has_tokenizer = not Path(path).exists() or (Path(path) / "tokenizer_config.json").exists()
     return model, AutoTokenizer.from_pretrained(path if has_tokenizer else base)
