@@ -190,13 +190,13 @@ def test_labelled_reviews_are_paired_with_the_preferred_label_chosen(tmp_path):
         assert all(row["chosen"].startswith(word) and not row["rejected"].startswith(word) for row in pairs)
 
 
-def test_a_reward_model_is_not_trained_beyond_its_positions(toy_run):
+def test_a_reward_model_is_not_trained_beyond_its_positions(toy_run, tmp_path):
     folder, _ = toy_run
     with pytest.raises(UserError, match="max_length: 65 is more than the 64 positions of"):
         run(
             "sentiment_gpt2_reward",
             *["--config", "tiny", "--model_name_or_path", str(folder / "sft")],
-            *["--dataset_name", str(folder / "data" / "pairs"), "--max_length", "65"],
+            *["--dataset_name", str(folder / "data" / "pairs"), "--max_length", "65", "--output_dir", str(tmp_path)],
         )
 
 
@@ -330,9 +330,10 @@ def test_every_setting_of_ppo_is_written_out_in_a_yaml():
 # --- Smaller things -------------------------------------------------------------------------------------------------
 
 
-def test_a_preferred_label_is_refused_where_the_data_holds_pairs(toy_run):
+def test_a_preferred_label_is_refused_where_the_data_holds_pairs(toy_run, tmp_path):
     folder, _ = toy_run
     options = ["--config", "tiny", "--model_name_or_path", str(folder / "sft"), "--preferred_label", "0"]
+    options += ["--output_dir", str(tmp_path)]
     with pytest.raises(UserError, match="preferred_label: 0: the data holds pairs, of which `chosen` is preferred"):
         run("sentiment_gpt2_reward", *options, "--dataset_name", str(folder / "data" / "pairs"))
 
