@@ -322,6 +322,15 @@ class PPOArguments(RecipeArguments):
             "function of recipes/rewards.py, or one of your own as file.py:function."
         }
     )
+    algorithm: str = dataclasses.field(
+        default="ppo",
+        metadata={
+            "help": "ppo, or TRL's own grpo or rloo on the same prompts and rewards, with kl_coef as their β and the "
+            "settings that they share.",
+            "choices": ["ppo", "grpo", "rloo"],
+        },
+    )
+    group_size: int = _option("Completions of each prompt under grpo and rloo.", 8)
     reward_model: str | None = _option("The sequence classifier that rewards call reward_model: Hub id or folder.")
     reward_label: str | None = _option("Which of its labels counts, if it has several.")
     reward_max_length: int = _option("Tokens that it reads; longer texts lose their beginning.", 512)

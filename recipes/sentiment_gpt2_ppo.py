@@ -14,8 +14,9 @@ Watch `objective/scores` rise while `objective/kl` stays bounded. Writes `output
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from group_trainers import make_trainer
 from recipe_args import PPOArguments, check_model, init_kwargs, load_prompts, merge_adapter, one_line_errors, parse
-from trl_ppo import PPOConfig, PPOTrainer
+from trl_ppo import PPOConfig
 
 
 def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
@@ -34,7 +35,9 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
 
     # 2. Policy, reference, critic and rewards.
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
-    trainer = PPOTrainer(
+    trainer = make_trainer(
+        script_args.algorithm,
+        script_args.group_size,
         model=path,
         reward_funcs=script_args.load_rewards(training_args),
         args=training_args,

@@ -1,0 +1,305 @@
+"""PPO, GRPO, RLOO, SFT or best-of-n? One task, one reward model and one judge for all, compared at equal KL.
+
+    python benchmarks/algorithms.py --run ppo:learning_rate=3e-4 grpo:learning_rate=1e-4,kl_coef=0.05 --seeds 0 1 2
+    python benchmarks/algorithms.py --run sft:learning_rate=3e-4 best_of_n
+    python benchmarks/algorithms.py --report
+
+Real IMDB: the sentiment recipe's variant `scratch`, whose models have to be there (see its header). A run is the recipe
+itself with `--algorithm` and the settings named; `ppo_own_critic` is PPO with a critic that starts from the reward
+model, `sft` fine-tunes on the positive training reviews themselves, and `best_of_n` picks among samples of the base.
+Every few rollouts the policy continues the same held-out prompts: score by the reward model, share of positive ones by
+a judge that training never saw, and KL to where it started. Seconds are those of one thread's CPU time in training,
+without evaluations, so that other work on the machine counts little.
+
+Each run leaves one JSON in `runs/scratch/algorithms`, and one that is there is not made again. A run ends early once
+its KL has passed 20 nats at two evaluations in a row: beyond, no figure of the report is read. `--report` renders
+all of them: `report.md` and `report.svg` next to the JSON files.
+"""
+
+import argparse
+import functools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+
+SCRATCH = Path("runs") / "scratch"
+OUTPUT = SCRATCH / "algorithms"
+SETTINGS = {  # what each algorithm's name stands for, before the settings of a run
+    "ppo": {},
+    "ppo_own_critic": {"value_model_path": f"{SCRATCH}/reward"},
+    "grpo": {"algorithm": "grpo", "num_iterations": 1},
+    "rloo": {"algorithm": "rloo", "num_iterations": 1},
+}
+EVERY = 640  # completions between two evaluations
+FAR = 20.0  # nats
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128]  # of best-of-n
+
+
+class Evaluator:
+    """Scores of a policy on held-out prompts, by copies of the models, so that training sees nothing of it.
+
+    The same prompts and random numbers at each evaluation.
+    """
+
+    def __init__(self, n_prompts, max_completion_length=24):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from recipe_args import load_split, prompt_cutter
+        from trl_ppo import RewardModel
+        from trl_ppo.cpu import use_tiles
+        from trl_ppo.logprobs import add_logprobs_forward
+
+        self.length = max_completion_length
+        self.tokenizer = AutoTokenizer.from_pretrained(SCRATCH / "sft", padding_side="left")
+        cut = prompt_cutter(self.tokenizer, 2, 8, seed=0)
+        rows = load_split("data/imdb/prompts", "test", ["prompt"])["prompt"][:n_prompts]
+        self.prompts = [cut(text) for text in rows]
+        self.policy, self.base = (
+            use_tiles(add_logprobs_forward(AutoModelForCausalLM.from_pretrained(SCRATCH / "sft").eval()), 1.0)
+            for _ in range(2)
+        )
+        self.judges = {name: RewardModel(str(SCRATCH / name)) for name in ("reward", "judge")}
+
+    def __call__(self, model):
+        """Means over the prompts of `model`'s completions: score, share positive by the judge, KL in nats, length."""
+        import torch
+
+        weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("critic.")}
+        self.policy.load_state_dict(weights)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            ids = self.sample(self.prompts)
+            kl = self.logprobs(self.policy, ids) - self.logprobs(self.base, ids)
+        texts = self.tokenizer.batch_decode([row for _, row in ids], skip_special_tokens=True)
+        scores = {name: judge(prompts=self.prompts, completions=texts) for name, judge in self.judges.items()}
+        n = len(texts)
+        return {
+            "kl": kl.mean().item(),
+            "reward": sum(scores["reward"]) / n,
+            "judge": sum(score > 0 for score in scores["judge"]) / n,
+            "length": sum(len(row) for _, row in ids) / n,
+        }
+
+    def sample(self, prompts, batch=128):
+        """`(prompt ids, completion ids)` of each prompt."""
+        from transformers import GenerationConfig
+
+        from trl_ppo.cpu import sample
+
+        end, rows = self.tokenizer.eos_token_id, []
+        config = GenerationConfig(
+            do_sample=True, top_k=0, max_new_tokens=self.length, eos_token_id=end, pad_token_id=end
+        )
+        for start in range(0, len(prompts), batch):
+            inputs = self.tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
+            made = self.policy.generate(**inputs, generation_config=config, custom_generate=sample)
+            width = inputs["input_ids"].size(1)
+            for mask, ids in zip(inputs["attention_mask"], made.tolist(), strict=True):
+                completion = ids[width:]
+                if end in completion:
+                    completion = completion[: completion.index(end) + 1]
+                rows.append((ids[width - int(mask.sum()) : width], completion))
+        return rows
+
+    def logprobs(self, model, ids, batch=128):
+        """Log-probability of each completion, in nats per sequence."""
+        import torch
+
+        from trl_ppo.logprobs import pad_batch
+
+        totals = []
+        for start in range(0, len(ids), batch):
+            part = ids[start : start + batch]
+            tensors = pad_batch([p for p, _ in part], [c for _, c in part], self.tokenizer.eos_token_id, None)
+            width = tensors["completion_mask"].size(1)
+            inputs = {name: tensors[name] for name in ("input_ids", "attention_mask")}
+            totals.append(model(num_completion_tokens=width, **inputs).logprobs.sum(1))
+        return torch.cat(totals)
+
+
+def curve_callback(points, evaluate, steps, completions):
+    """A callback that adds to `points` before training and after every `steps` optimiser steps."""
+    from transformers import TrainerCallback
+
+    class Curve(TrainerCallback):
+        seconds, since = 0.0, 0.0
+
+        def measure(self, state, model):
+            self.seconds += time.process_time() - self.since if state.global_step else 0.0
+            model = getattr(model, "module", model)
+            points.append(
+                {"episodes": state.global_step // steps * completions, "seconds": self.seconds} | evaluate(model)
+            )
+            print(json.dumps(points[-1]), flush=True)
+            self.since = time.process_time()
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.measure(state, model)
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step % steps == 0:
+                self.measure(state, model)
+                control.should_training_stop |= all(point["kl"] > FAR for point in points[-2:])
+
+    return Curve()
+
+
+def train(name, settings, seed, folder, n_prompts):
+    """One run of an algorithm of `SETTINGS`, by the recipe; the points of its curve, and what it logged."""
+    from trl import ModelConfig
+
+    import sentiment_gpt2_ppo as recipe
+    from group_trainers import make_trainer
+    from recipe_args import PPOArguments, parse
+    from trl_ppo import PPOConfig
+
+    settings = SETTINGS[name] | settings | {"seed": seed, "output_dir": str(folder), "overwrite_output_dir": "true"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    parsed = parse(recipe.__file__, PPOArguments, PPOConfig, ModelConfig, args=["--config", "scratch", *words])
+    rollout, points = parsed[1].generation_batch_size, []
+    curve = curve_callback(points, Evaluator(n_prompts), EVERY // rollout * parsed[1].steps_per_rollout, EVERY)
+    recipe.make_trainer = functools.partial(make_trainer, callbacks=[curve])
+    history = recipe.main(*parsed).state.log_history
+    wanted = ("val/explained_variance", "objective/kl", "objective/kl_coef")
+    return points, {key: [round(row[key], 4) for row in history if key in row] for key in wanted}
+
+
+def fine_tune(settings, seed, folder, n_prompts, batch=128):
+    """SFT of the same model on the positive reviews' beginnings, as long as prompt and completion together."""
+    from trl import SFTConfig, SFTTrainer
+
+    from recipe_args import load_split
+
+    texts = positive_beginnings(load_split("data/imdb/pairs", "train", ["chosen"]))
+    points = []
+    config = SFTConfig(
+        output_dir=str(folder),
+        seed=seed,
+        max_length=32,
+        per_device_train_batch_size=batch,
+        max_steps=6400 // batch,
+        lr_scheduler_type="linear",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        **{"learning_rate": 3e-4} | settings,
+    )
+    curve = curve_callback(points, Evaluator(n_prompts), EVERY // batch, EVERY)
+    SFTTrainer(str(SCRATCH / "sft"), args=config, train_dataset=texts, callbacks=[curve]).train()
+    return points, {}
+
+
+def positive_beginnings(pairs):
+    """The first 300 characters of the positive reviews."""
+    return pairs.map(lambda row: {"text": row["chosen"][:300]}, remove_columns=pairs.column_names)
+
+
+def best_of_n(seed, n_prompts):
+    """The expected result of picking the best of n samples of the base by the reward, for every n of `SIZES`."""
+    import numpy as np
+    import torch
+
+    from eval.best_of_n import expected_best, kl_bound
+
+    evaluator, started = Evaluator(n_prompts), time.process_time()
+    torch.manual_seed(seed)
+    scores = {name: [] for name in evaluator.judges}
+    for _ in range(max(SIZES)):
+        texts = evaluator.tokenizer.batch_decode([c for _, c in evaluator.sample(evaluator.prompts)])
+        for name, judge in evaluator.judges.items():
+            scores[name].append(judge(prompts=evaluator.prompts, completions=texts))
+    rewards, judged = np.array(scores["reward"]).T, np.array(scores["judge"]).T > 0
+    seconds = (time.process_time() - started) / max(SIZES) / n_prompts
+    return [
+        {
+            "n": n,
+            "kl": kl_bound(n),
+            "seconds": seconds * n,  # for each completion that is wanted
+            "reward": expected_best(rewards, rewards, n).mean(),
+            "judge": expected_best(rewards, judged, n).mean(),
+        }
+        for n in SIZES
+    ], {}
+
+
+def run(name, settings, seed, path, n_prompts):
+    """One run, to its JSON."""
+    folder, started = path.with_suffix(""), time.time()
+    if name == "best_of_n":
+        points, logged = best_of_n(seed, n_prompts)
+    elif name == "sft":
+        points, logged = fine_tune(settings, seed, folder, n_prompts)
+    else:
+        points, logged = train(name, settings, seed, folder, n_prompts)
+    shutil.rmtree(folder, ignore_errors=True)  # nothing but what this run has written
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    result = {
+        "algorithm": name,
+        "settings": settings,
+        "seed": seed,
+        "n_prompts": n_prompts,
+        "points": points,
+        "logged": logged,
+        "peak_memory_gb": round(memory, 3),
+        "wall_seconds": round(time.time() - started, 1),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()[:7],
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n")
+    partial.rename(path)
+
+
+def parse_run(text):
+    """`grpo:learning_rate=1e-4,kl_coef=0.05` → the name and its settings."""
+    name, _, settings = text.partition(":")
+    if name not in [*SETTINGS, "sft", "best_of_n"]:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*SETTINGS, 'sft', 'best_of_n'])}")
+    pairs = [each.partition("=") for each in settings.split(",") if each]
+    return name, {key: json.loads(value) for key, _, value in pairs}
+
+
+def path_of(name, settings, seed):
+    """Where a run's JSON is."""
+    return OUTPUT / ("-".join([name, *(f"{key}={value:g}" for key, value in settings.items()), str(seed)]) + ".json")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=parse_run, nargs="+", default=[], metavar="ALGORITHM[:KEY=NUMBER,…]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--n_prompts", type=int, default=512, help="held-out ones (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="render what is there")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one run, in this process
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    os.chdir(ROOT)
+    for seed in args.seeds:
+        for name, settings in args.run:
+            path = path_of(name, settings, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                continue
+            if args.here:
+                run(name, settings, seed, path, args.n_prompts)
+                continue
+            word = ":".join([name, ",".join(f"{key}={json.dumps(value)}" for key, value in settings.items())])
+            command = [sys.executable, __file__, "--run", word, "--seeds", str(seed)]
+            subprocess.run(
+                [*command, "--n_prompts", str(args.n_prompts), "--here"], check=False
+            )  # a failed run stands out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""`--algorithm grpo` and `rloo`: TRL's own trainers in the place of PPO's, on the same prompts, rewards and settings.
+
+Neither has a critic: a completion's advantage comes from the other completions of its prompt, its group.
+"""
+
+import functools
+from dataclasses import fields
+
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from trl_ppo import PPOConfig, PPOTrainer, cpu_folder
+from trl_ppo.inputs import UserError
+
+TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+
+
+def make_trainer(algorithm, group_size, args, **kwargs):
+    """The trainer of `algorithm`: PPOTrainer, or TRL's with `group_size` completions for each prompt."""
+    if algorithm == "ppo":
+        return PPOTrainer(args=args, **kwargs)
+    trainer_class, config_class = TRAINERS[algorithm]
+    trainer = trainer_class(args=group_config(config_class, args, group_size), **kwargs)
+    models = [trainer.accelerator.unwrap_model(model) for model in (trainer.model, trainer.ref_model) if model]
+    for model in models:
+        count_positions(model)
+    if (cpu := cpu_folder(trainer.accelerator.device)) is not None:
+        cpu.keep_freed_memory()
+        models[0].generate = functools.partial(models[0].generate, custom_generate=cpu.sample)
+    return trainer
+
+
+def group_config(config_class, args, group_size):
+    """TRL's config with those of a `PPOConfig`'s settings that it has too, and β for `kl_coef`.
+
+    UserError for a rollout that is not whole groups.
+    """
+    if group_size < 2 or args.generation_batch_size % group_size:
+        raise UserError(
+            f"group_size: a rollout of {args.generation_batch_size} completions is not whole groups of {group_size}; "
+            "change group_size (2 or more) or per_device_train_batch_size"
+        )
+    theirs = {each.name for each in fields(config_class) if each.init}
+    ours = {each.name: getattr(args, each.name) for each in fields(PPOConfig) if each.init}
+    shared = {name: value for name, value in ours.items() if name in theirs and name not in PPOConfig.REFUSED}
+    without_effect = [
+        each.name
+        for each in fields(PPOConfig)
+        if each.name not in theirs | {"kl_coef", "total_episodes", "num_mini_batches"}
+        and getattr(args, each.name) != each.default
+    ]
+    if without_effect:
+        print(f"algorithm: settings of PPO alone, without effect: {', '.join(without_effect)}")
+    return config_class(
+        **shared | {"adam_epsilon": 1e-8},  # AdamW's own, not PPO's
+        beta=args.kl_coef,
+        num_generations=group_size,
+        num_generations_eval=1,
+        steps_per_generation=args.steps_per_generation,
+        disable_dropout=True,
+    )
+
+
+def count_positions(model):
+    """Give `model(input_ids, attention_mask)` each row's own position ids, from 0 at its first token.
+
+    TRL passes batches padded on the left without them, so a model with absolute positions, like GPT-2, would take the
+    padding for text.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)  # `generate` reads the signature
+    def counted(*args, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        if position_ids is None and past_key_values is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        return forward(*args, **given, **kwargs)
+
+    model.forward = counted
