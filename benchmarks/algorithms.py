@@ -30,6 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
+from benchmarks import algorithms_report  # noqa: E402
+
 SCRATCH = Path("runs") / "scratch"
 OUTPUT = SCRATCH / "algorithms"
 SETTINGS = {  # what each algorithm's name stands for, before the settings of a run
@@ -296,9 +298,10 @@ def main(argv=None):
                 continue
             word = ":".join([name, ",".join(f"{key}={json.dumps(value)}" for key, value in settings.items())])
             command = [sys.executable, __file__, "--run", word, "--seeds", str(seed)]
-            subprocess.run(
-                [*command, "--n_prompts", str(args.n_prompts), "--here"], check=False
-            )  # a failed run stands out
+            command += ["--n_prompts", str(args.n_prompts), "--here"]
+            subprocess.run(command, check=False)  # the next ones do not wait for one that fails
+    if args.report:
+        print(algorithms_report.write(OUTPUT))
 
 
 if __name__ == "__main__":

@@ -39,17 +39,15 @@ def group_config(config_class, args, group_size):
             f"group_size: a rollout of {args.generation_batch_size} completions is not whole groups of {group_size}; "
             "change group_size (2 or more) or per_device_train_batch_size"
         )
-    theirs = {each.name for each in fields(config_class) if each.init}
-    ours = {each.name: getattr(args, each.name) for each in fields(PPOConfig) if each.init}
-    shared = {name: value for name, value in ours.items() if name in theirs and name not in PPOConfig.REFUSED}
-    without_effect = [
-        each.name
-        for each in fields(PPOConfig)
-        if each.name not in theirs | {"kl_coef", "total_episodes", "num_mini_batches"}
-        and getattr(args, each.name) != each.default
-    ]
+    theirs = {each.name for each in fields(config_class) if each.init} - PPOConfig.REFUSED.keys()
+    shared = {name: getattr(args, name) for name in theirs if name in PPOConfig.__dataclass_fields__}
+    used = {"kl_coef", "total_episodes", "num_mini_batches"}
+    own = [each for each in fields(PPOConfig) if each.name not in GRPOConfig.__dataclass_fields__]
+    without_effect = [each.name for each in own if each.name not in used and getattr(args, each.name) != each.default]
     if without_effect:
         print(f"algorithm: settings of PPO alone, without effect: {', '.join(without_effect)}")
+    if shared["metric_for_best_model"] == "objective/scores":
+        shared["metric_for_best_model"] = "reward"  # TRL's name for it
     return config_class(
         **shared | {"adam_epsilon": 1e-8},  # AdamW's own, not PPO's
         beta=args.kl_coef,

@@ -352,6 +352,8 @@ class PPOArguments(RecipeArguments):
         from rewards import find_function  # light, but it may import a file of the user's
 
         super().check(model_args)
+        if self.algorithm != "ppo":
+            self.CHECKPOINT_FILES = ()
         if training_args.reward_weights is not None:
             raise UserError("reward_weights: give each reward its weight in rewards: {name: weight}")
         if (cut := self.prompt_tokens) and not (len(cut) == 2 and 0 < cut[0] <= cut[1]):

@@ -1,0 +1,143 @@
+"""The runs of `benchmarks/algorithms.py` as a table and a figure, from their JSON alone."""
+
+import json
+import statistics
+from collections import defaultdict
+
+from matplotlib.figure import Figure
+
+LEVELS = (6.0, 8.0, 10.0)  # nats
+SHARE = 0.9
+FAILED = 0.8  # a run is held to have failed whose policy never gets this share within the highest level
+NAMES = {
+    "ppo": "PPO, value head",
+    "ppo_own_critic": "PPO, critic of its own",
+    "grpo": "GRPO (TRL 1.16)",
+    "rloo": "RLOO (TRL 1.16)",
+    "sft": "SFT on positive reviews",
+    "best_of_n": "best of n",
+}
+COLOURS = ("tab:blue", "tab:cyan", "tab:orange", "tab:green", "tab:red", "black")
+
+
+def read(folder):
+    """Every run's JSON, ordered by its name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def by_setting(runs):
+    """`{(algorithm, settings): runs}`, the runs of one setting by seed."""
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        groups[run["algorithm"], settings_text(run["settings"])].append(run)
+    return dict(groups)
+
+
+def settings_text(settings):
+    return ", ".join(f"{key} {value:g}" for key, value in settings.items()) or "the recipe's"
+
+
+def judge_at(points, level):
+    """The judge's share where the KL last passes `level` on its way up, linear between two evaluations.
+
+    A run that ends below counts with its last policy; it is the one that a ceiling on KL would have kept.
+    """
+    below = max(i for i, point in enumerate(points) if point["kl"] <= level)
+    if below == len(points) - 1:
+        return points[below]["judge"]
+    low, high = points[below], points[below + 1]
+    share = (level - low["kl"]) / (high["kl"] - low["kl"])
+    return (1 - share) * low["judge"] + share * high["judge"]
+
+
+def reached(points, share=SHARE, level=LEVELS[-1]):
+    """The first evaluation with that share and no more KL, or None."""
+    return next((point for point in points if point["judge"] >= share and point["kl"] <= level), None)
+
+
+def has_failed(points):
+    return reached(points, FAILED) is None
+
+
+def spread(values, digits):
+    """`mean ± standard deviation` over seeds; the value alone for one."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def row(runs):
+    """The cells of one setting, over its seeds."""
+    curves = [run["points"] for run in runs]
+    arrived = [point for point in map(reached, curves) if point]
+    cells = [spread([judge_at(points, level) for points in curves], 3) for level in LEVELS]
+    cells.append(spread([points[-1]["kl"] for points in curves], 1))
+    for name in ("seconds", "episodes"):
+        text = spread([point[name] for point in arrived], 0) if arrived else "–"
+        missing = f" ({len(arrived)} of {len(runs)})" if 0 < len(arrived) < len(runs) else ""
+        cells.append(text + missing)
+    cells.append(spread([points[-1]["seconds"] for points in curves], 0))
+    cells.append(f"{max(run['peak_memory_gb'] for run in runs):.2f}")
+    return [*cells, f"{sum(map(has_failed, curves))} of {len(runs)}"]
+
+
+def best(groups):
+    """Each algorithm's setting with most seeds, and of those the one that the judge likes most at the middle level."""
+    chosen = {}
+    for (algorithm, settings), runs in groups.items():
+        mean = statistics.mean(judge_at(run["points"], LEVELS[1]) for run in runs)
+        chosen[algorithm] = max(chosen.get(algorithm, (0, 0.0, "")), (len(runs), mean, settings))
+    return {algorithm: settings for algorithm, (*_, settings) in chosen.items()}
+
+
+def table(groups):
+    """A row for each setting of each algorithm."""
+    levels = [f"at {level:g} nats" for level in LEVELS]
+    header = ["algorithm", "settings", "n", *levels, "KL at the end"]
+    header += ["seconds to 0.9", "episodes to 0.9", "seconds", "memory, GB", "failed"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
+    for name in NAMES:
+        for (algorithm, settings), runs in groups.items():
+            if algorithm == name and name != "best_of_n":
+                lines.append(f"| {' | '.join([NAMES[name], settings, str(len(runs)), *row(runs)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def best_of_n_table(run):
+    lines = ["| best of n | at most, nats | judge | seconds a completion |", "|---|---|---|---|"]
+    for point in run["points"]:
+        lines.append(f"| {point['n']} | {point['kl']:.2f} | {point['judge']:.3f} | {point['seconds']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(groups, path):
+    """The judge's share against KL: a thin line for each seed of an algorithm's best setting."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    chosen = best(groups)
+    for (algorithm, name), colour in zip(NAMES.items(), COLOURS, strict=True):
+        runs = groups.get((algorithm, chosen.get(algorithm)), [])
+        for number, run in enumerate(runs):
+            axes.plot(
+                [point["kl"] for point in run["points"]],
+                [point["judge"] for point in run["points"]],
+                "s--" if algorithm == "best_of_n" else "o-",
+                color=colour,
+                markersize=3,
+                linewidth=1,
+                alpha=0.8,
+                label=None if number else f"{name}, n = {len(runs)}" if algorithm != "best_of_n" else name,
+            )
+    axes.axhline(SHARE, color="grey", linewidth=0.5)
+    axes.set(xlim=(0, 16), xlabel="KL to the start, nats per sequence", ylabel="positive by an unseen judge")
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def write(folder):
+    """`report.md` and `report.svg` in `folder`; returns the table."""
+    groups = by_setting(read(folder))
+    text = table(groups)
+    text += "".join("\n" + best_of_n_table(runs[0]) for (name, _), runs in groups.items() if name == "best_of_n")
+    (folder / "report.md").write_text(text)
+    draw(groups, folder / "report.svg")
+    return text
