@@ -32,15 +32,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
 from benchmarks import algorithms_report  # noqa: E402
 
-SCRATCH = Path("runs") / "scratch"
-OUTPUT = SCRATCH / "algorithms"
+FAMILIES = {  # by variant: prompts and how to cut them, the judge, completions between two evaluations, levels of KL
+    "scratch": ("data/imdb/prompts", (2, 8), "runs/scratch/judge", 640, (6.0, 8.0, 10.0)),
+    "tiny": ("data/toy_reviews/prompts", None, "data_prep.toy_reviews:lexicon_score", 256, (3.0, 4.0, 5.0)),
+}
 SETTINGS = {  # what each algorithm's name stands for, before the settings of a run
     "ppo": {},
-    "ppo_own_critic": {"value_model_path": f"{SCRATCH}/reward"},
+    "ppo_own_critic": {"value_model_path": "runs/{family}/reward"},
     "grpo": {"algorithm": "grpo", "num_iterations": 1},
     "rloo": {"algorithm": "rloo", "num_iterations": 1},
 }
-EVERY = 640  # completions between two evaluations
 FAR = 20.0  # nats
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]  # of best-of-n
 
@@ -51,24 +52,26 @@ class Evaluator:
     The same prompts and random numbers at each evaluation.
     """
 
-    def __init__(self, n_prompts, max_completion_length=24):
+    def __init__(self, family, n_prompts):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from recipe_args import load_split, prompt_cutter
+        from rewards import find_function
         from trl_ppo import RewardModel
         from trl_ppo.cpu import use_tiles
         from trl_ppo.logprobs import add_logprobs_forward
 
-        self.length = max_completion_length
-        self.tokenizer = AutoTokenizer.from_pretrained(SCRATCH / "sft", padding_side="left")
-        cut = prompt_cutter(self.tokenizer, 2, 8, seed=0)
-        rows = load_split("data/imdb/prompts", "test", ["prompt"])["prompt"][:n_prompts]
-        self.prompts = [cut(text) for text in rows]
+        prompts, tokens, judge, *_ = FAMILIES[family]
+        base = f"runs/{family}/sft"
+        self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+        self.prompts = load_split(prompts, "test", ["prompt"])["prompt"][:n_prompts]
+        if tokens:
+            self.prompts = list(map(prompt_cutter(self.tokenizer, *tokens, seed=0), self.prompts))
         self.policy, self.base = (
-            use_tiles(add_logprobs_forward(AutoModelForCausalLM.from_pretrained(SCRATCH / "sft").eval()), 1.0)
-            for _ in range(2)
+            use_tiles(add_logprobs_forward(AutoModelForCausalLM.from_pretrained(base).eval()), 1.0) for _ in range(2)
         )
-        self.judges = {name: RewardModel(str(SCRATCH / name)) for name in ("reward", "judge")}
+        judge = find_function("judge", judge) if ":" in judge else RewardModel(judge)
+        self.judges = {"reward": RewardModel(f"runs/{family}/reward"), "judge": judge}
 
     def __call__(self, model):
         """Means over the prompts of `model`'s completions: score, share positive by the judge, KL in nats, length."""
@@ -97,9 +100,7 @@ class Evaluator:
         from trl_ppo.cpu import sample
 
         end, rows = self.tokenizer.eos_token_id, []
-        config = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=self.length, eos_token_id=end, pad_token_id=end
-        )
+        config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=24, eos_token_id=end, pad_token_id=end)
         for start in range(0, len(prompts), batch):
             inputs = self.tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
             made = self.policy.generate(**inputs, generation_config=config, custom_generate=sample)
@@ -154,7 +155,7 @@ def curve_callback(points, evaluate, steps, completions):
     return Curve()
 
 
-def train(name, settings, seed, folder, n_prompts):
+def train(family, name, settings, seed, folder, n_prompts):
     """One run of an algorithm of `SETTINGS`, by the recipe; the points of its curve, and what it logged."""
     from trl import ModelConfig
 
@@ -164,24 +165,25 @@ def train(name, settings, seed, folder, n_prompts):
     from trl_ppo import PPOConfig
 
     settings = SETTINGS[name] | settings | {"seed": seed, "output_dir": str(folder), "overwrite_output_dir": "true"}
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    parsed = parse(recipe.__file__, PPOArguments, PPOConfig, ModelConfig, args=["--config", "scratch", *words])
-    rollout, points = parsed[1].generation_batch_size, []
-    curve = curve_callback(points, Evaluator(n_prompts), EVERY // rollout * parsed[1].steps_per_rollout, EVERY)
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value).format(family=family))]
+    parsed = parse(recipe.__file__, PPOArguments, PPOConfig, ModelConfig, args=["--config", family, *words])
+    rollout, every, points = parsed[1].generation_batch_size, FAMILIES[family][3], []
+    steps = every // rollout * parsed[1].steps_per_rollout
+    curve = curve_callback(points, Evaluator(family, n_prompts), steps, every)
     recipe.make_trainer = functools.partial(make_trainer, callbacks=[curve])
     history = recipe.main(*parsed).state.log_history
     wanted = ("val/explained_variance", "objective/kl", "objective/kl_coef")
     return points, {key: [round(row[key], 4) for row in history if key in row] for key in wanted}
 
 
-def fine_tune(settings, seed, folder, n_prompts, batch=128):
+def fine_tune(family, settings, seed, folder, n_prompts, batch=128):
     """SFT of the same model on the positive reviews' beginnings, as long as prompt and completion together."""
     from trl import SFTConfig, SFTTrainer
 
     from recipe_args import load_split
 
     texts = positive_beginnings(load_split("data/imdb/pairs", "train", ["chosen"]))
-    points = []
+    every, points = FAMILIES[family][3], []
     config = SFTConfig(
         output_dir=str(folder),
         seed=seed,
@@ -193,10 +195,10 @@ def fine_tune(settings, seed, folder, n_prompts, batch=128):
         report_to="none",
         use_cpu=True,
         bf16=False,
-        **{"learning_rate": 3e-4} | settings,
+        learning_rate=float(settings.get("learning_rate", 3e-4)),
     )
-    curve = curve_callback(points, Evaluator(n_prompts), EVERY // batch, EVERY)
-    SFTTrainer(str(SCRATCH / "sft"), args=config, train_dataset=texts, callbacks=[curve]).train()
+    curve = curve_callback(points, Evaluator(family, n_prompts), every // batch, every)
+    SFTTrainer(f"runs/{family}/sft", args=config, train_dataset=texts, callbacks=[curve]).train()
     return points, {}
 
 
@@ -205,14 +207,14 @@ def positive_beginnings(pairs):
     return pairs.map(lambda row: {"text": row["chosen"][:300]}, remove_columns=pairs.column_names)
 
 
-def best_of_n(seed, n_prompts):
+def best_of_n(family, seed, n_prompts):
     """The expected result of picking the best of n samples of the base by the reward, for every n of `SIZES`."""
     import numpy as np
     import torch
 
     from eval.best_of_n import expected_best, kl_bound
 
-    evaluator, started = Evaluator(n_prompts), time.process_time()
+    evaluator, started = Evaluator(family, n_prompts), time.process_time()
     torch.manual_seed(seed)
     scores = {name: [] for name in evaluator.judges}
     for _ in range(max(SIZES)):
@@ -233,18 +235,19 @@ def best_of_n(seed, n_prompts):
     ], {}
 
 
-def run(name, settings, seed, path, n_prompts):
+def run(family, name, settings, seed, path, n_prompts):
     """One run, to its JSON."""
     folder, started = path.with_suffix(""), time.time()
     if name == "best_of_n":
-        points, logged = best_of_n(seed, n_prompts)
+        points, logged = best_of_n(family, seed, n_prompts)
     elif name == "sft":
-        points, logged = fine_tune(settings, seed, folder, n_prompts)
+        points, logged = fine_tune(family, settings, seed, folder, n_prompts)
     else:
-        points, logged = train(name, settings, seed, folder, n_prompts)
+        points, logged = train(family, name, settings, seed, folder, n_prompts)
     shutil.rmtree(folder, ignore_errors=True)  # nothing but what this run has written
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     result = {
+        "family": family,
         "algorithm": name,
         "settings": settings,
         "seed": seed,
@@ -266,17 +269,19 @@ def parse_run(text):
     if name not in [*SETTINGS, "sft", "best_of_n"]:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*SETTINGS, 'sft', 'best_of_n'])}")
     pairs = [each.partition("=") for each in settings.split(",") if each]
-    return name, {key: json.loads(value) for key, _, value in pairs}
+    return name, {key: value for key, _, value in pairs}
 
 
-def path_of(name, settings, seed):
+def path_of(family, name, settings, seed):
     """Where a run's JSON is."""
-    return OUTPUT / ("-".join([name, *(f"{key}={value:g}" for key, value in settings.items()), str(seed)]) + ".json")
+    words = [name, *(f"{key}={value.replace('/', '_')}" for key, value in settings.items()), str(seed)]
+    return Path("runs") / family / "algorithms" / ("-".join(words) + ".json")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=parse_run, nargs="+", default=[], metavar="ALGORITHM[:KEY=NUMBER,…]")
+    parser.add_argument("--run", type=parse_run, nargs="+", default=[], metavar="ALGORITHM[:KEY=VALUE,…]")
+    parser.add_argument("--family", choices=FAMILIES, default="scratch", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--n_prompts", type=int, default=512, help="held-out ones (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="render what is there")
@@ -289,19 +294,19 @@ def main(argv=None):
     os.chdir(ROOT)
     for seed in args.seeds:
         for name, settings in args.run:
-            path = path_of(name, settings, seed)
+            path = path_of(args.family, name, settings, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 continue
             if args.here:
-                run(name, settings, seed, path, args.n_prompts)
+                run(args.family, name, settings, seed, path, args.n_prompts)
                 continue
-            word = ":".join([name, ",".join(f"{key}={json.dumps(value)}" for key, value in settings.items())])
-            command = [sys.executable, __file__, "--run", word, "--seeds", str(seed)]
+            word = ":".join([name, ",".join(f"{key}={value}" for key, value in settings.items())])
+            command = [sys.executable, __file__, "--family", args.family, "--run", word, "--seeds", str(seed)]
             command += ["--n_prompts", str(args.n_prompts), "--here"]
             subprocess.run(command, check=False)  # the next ones do not wait for one that fails
     if args.report:
-        print(algorithms_report.write(OUTPUT))
+        print(algorithms_report.write(Path("runs") / args.family / "algorithms", FAMILIES[args.family][-1]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections import defaultdict
 
 from matplotlib.figure import Figure
 
-LEVELS = (6.0, 8.0, 10.0)  # nats
 SHARE = 0.9
 FAILED = 0.8  # a run is held to have failed whose policy never gets this share within the highest level
 NAMES = {
@@ -34,7 +33,7 @@ def by_setting(runs):
 
 
 def settings_text(settings):
-    return ", ".join(f"{key} {value:g}" for key, value in settings.items()) or "the recipe's"
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "the recipe's"
 
 
 def judge_at(points, level):
@@ -50,13 +49,13 @@ def judge_at(points, level):
     return (1 - share) * low["judge"] + share * high["judge"]
 
 
-def reached(points, share=SHARE, level=LEVELS[-1]):
+def reached(points, level, share=SHARE):
     """The first evaluation with that share and no more KL, or None."""
     return next((point for point in points if point["judge"] >= share and point["kl"] <= level), None)
 
 
-def has_failed(points):
-    return reached(points, FAILED) is None
+def has_failed(points, level):
+    return reached(points, level, FAILED) is None
 
 
 def spread(values, digits):
@@ -65,11 +64,11 @@ def spread(values, digits):
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
-def row(runs):
+def row(runs, levels):
     """The cells of one setting, over its seeds."""
     curves = [run["points"] for run in runs]
-    arrived = [point for point in map(reached, curves) if point]
-    cells = [spread([judge_at(points, level) for points in curves], 3) for level in LEVELS]
+    arrived = [point for points in curves if (point := reached(points, levels[-1]))]
+    cells = [spread([judge_at(points, level) for points in curves], 3) for level in levels]
     cells.append(spread([points[-1]["kl"] for points in curves], 1))
     for name in ("seconds", "episodes"):
         text = spread([point[name] for point in arrived], 0) if arrived else "–"
@@ -77,28 +76,28 @@ def row(runs):
         cells.append(text + missing)
     cells.append(spread([points[-1]["seconds"] for points in curves], 0))
     cells.append(f"{max(run['peak_memory_gb'] for run in runs):.2f}")
-    return [*cells, f"{sum(map(has_failed, curves))} of {len(runs)}"]
+    return [*cells, f"{sum(has_failed(points, levels[-1]) for points in curves)} of {len(runs)}"]
 
 
-def best(groups):
+def best(groups, levels):
     """Each algorithm's setting with most seeds, and of those the one that the judge likes most at the middle level."""
     chosen = {}
     for (algorithm, settings), runs in groups.items():
-        mean = statistics.mean(judge_at(run["points"], LEVELS[1]) for run in runs)
+        mean = statistics.mean(judge_at(run["points"], levels[1]) for run in runs)
         chosen[algorithm] = max(chosen.get(algorithm, (0, 0.0, "")), (len(runs), mean, settings))
     return {algorithm: settings for algorithm, (*_, settings) in chosen.items()}
 
 
-def table(groups):
+def table(groups, levels):
     """A row for each setting of each algorithm."""
-    levels = [f"at {level:g} nats" for level in LEVELS]
-    header = ["algorithm", "settings", "n", *levels, "KL at the end"]
+    at = [f"at {level:g} nats" for level in levels]
+    header = ["algorithm", "settings", "n", *at, "KL at the end"]
     header += ["seconds to 0.9", "episodes to 0.9", "seconds", "memory, GB", "failed"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
     for name in NAMES:
         for (algorithm, settings), runs in groups.items():
             if algorithm == name and name != "best_of_n":
-                lines.append(f"| {' | '.join([NAMES[name], settings, str(len(runs)), *row(runs)])} |")
+                lines.append(f"| {' | '.join([NAMES[name], settings, str(len(runs)), *row(runs, levels)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -109,11 +108,11 @@ def best_of_n_table(run):
     return "\n".join(lines) + "\n"
 
 
-def draw(groups, path):
+def draw(groups, levels, path):
     """The judge's share against KL: a thin line for each seed of an algorithm's best setting."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    chosen = best(groups)
+    chosen = best(groups, levels)
     for (algorithm, name), colour in zip(NAMES.items(), COLOURS, strict=True):
         runs = groups.get((algorithm, chosen.get(algorithm)), [])
         for number, run in enumerate(runs):
@@ -133,11 +132,11 @@ def draw(groups, path):
     figure.savefig(path)
 
 
-def write(folder):
+def write(folder, levels):
     """`report.md` and `report.svg` in `folder`; returns the table."""
     groups = by_setting(read(folder))
-    text = table(groups)
+    text = table(groups, levels)
     text += "".join("\n" + best_of_n_table(runs[0]) for (name, _), runs in groups.items() if name == "best_of_n")
     (folder / "report.md").write_text(text)
-    draw(groups, folder / "report.svg")
+    draw(groups, levels, folder / "report.svg")
     return text
