@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import ppo_throughput, throughput_run, time_to_quality
+from benchmarks import ppo_throughput, throughput_run
 from benchmarks.throughput_jobs import CPU_JOBS, EOS, JOBS, PAD, Job, growing, operations, tiny
 from conftest import ROOT
 
@@ -224,25 +224,3 @@ def test_a_job_for_a_gpu_is_refused_in_one_line_before_anything_is_written(tmp_p
         ppo_throughput.main(["--job", "gpt2", "--output", str(tmp_path / "none")])
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "none").exists()
-
-
-def test_time_to_quality_counts_rollouts_and_updates_but_no_evaluation():
-    rollout = {"time/generate": 1.0, "time/score": 0.5, "time/update": 2.5}
-    evaluation = {"eval_time/generate": 100.0, "eval_time/score": 100.0}
-    history = [
-        rollout,
-        evaluation | {"eval_rewards/positive": 0.95, "eval_objective/kl": 11.0},  # too far from the reference
-        rollout,
-        rollout,
-        evaluation | {"eval_rewards/positive": 0.89, "eval_objective/kl": 9.0},  # not good enough
-        rollout,
-        evaluation | {"eval_rewards/positive": 0.91, "eval_objective/kl": 9.5},
-        evaluation | {"eval_rewards/positive": 0.99, "eval_objective/kl": 9.5},
-    ]
-    points = time_to_quality.curve(history)
-    assert [seconds for seconds, *_ in points] == [4.0, 12.0, 16.0, 16.0]
-    assert time_to_quality.reached(points, 0.9, 10.0) == (16.0, 0.91, 9.5)
-    assert time_to_quality.reached(points, 0.995, 10.0) is None
-    text = time_to_quality.table({("own", 0): points, ("own", 1): points[:2]}, 0.9, 10.0)
-    assert "| own | 0 | 16 | 0.910 | 9.50 |" in text
-    assert "| own | 1 | not reached | – | – |" in text

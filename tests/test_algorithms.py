@@ -1,0 +1,135 @@
+"""The benchmark of algorithms: its runs on tiny random models, and its report on runs that are made up."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import algorithms, algorithms_report
+
+
+@pytest.fixture
+def tiny_family(gpt2_path, classifier_path, tmp_path, monkeypatch, own_cache):
+    """The family `tiny` with random models and a hundred short prompts, in a folder of its own, where the test runs."""
+    shutil.copytree(gpt2_path, tmp_path / "runs" / "tiny" / "sft")
+    shutil.copytree(classifier_path, tmp_path / "runs" / "tiny" / "reward")
+    folder = tmp_path / "data" / "toy_reviews" / "prompts"
+    folder.mkdir(parents=True)
+    rows = "".join(json.dumps({"prompt": f"the film {i % 7}"}) + "\n" for i in range(300))
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(rows)
+    monkeypatch.setattr(algorithms, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SHORT = "total_episodes=256,max_completion_length=4"
+
+
+def run(*words):
+    algorithms.main(["--family", "tiny", "--n_prompts", "8", "--here", *words])
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_a_run_leaves_one_json_with_its_curve_and_is_not_made_again(name, tiny_family, monkeypatch):
+    run("--run", f"{name}:{SHORT}", "--seeds", "3")
+    (path,) = Path("runs/tiny/algorithms").iterdir()  # the policy itself is not kept
+    result = json.loads(path.read_text())
+    assert (result["algorithm"], result["seed"], result["settings"]["total_episodes"]) == (name, 3, "256")
+    first, last = result["points"]
+    assert (first["episodes"], first["seconds"], last["episodes"]) == (0, 0.0, 256)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert last["seconds"] > 0
+    assert last["kl"] != first["kl"]
+    monkeypatch.setattr(algorithms, "train", None)
+    run("--run", f"{name}:{SHORT}", "--seeds", "3")
+
+
+def test_an_evaluation_leaves_the_random_numbers_of_training_alone(tiny_family):
+    evaluate = algorithms.Evaluator("tiny", 8)
+    model = AutoModelForCausalLM.from_pretrained("runs/tiny/sft")
+    before = torch.random.get_rng_state()
+    first, again = evaluate(model), evaluate(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first == again
+
+
+def test_best_of_n_has_a_higher_reward_the_more_it_may_pick_from(tiny_family, monkeypatch):
+    monkeypatch.setattr(algorithms, "SIZES", [1, 2, 4])
+    run("--run", "best_of_n")
+    (path,) = Path("runs/tiny/algorithms").iterdir()
+    points = json.loads(path.read_text())["points"]
+    rewards = [point["reward"] for point in points]
+    assert rewards == sorted(rewards)
+    assert rewards[0] < rewards[-1]
+    assert points[0]["kl"] == 0
+
+
+def test_an_unknown_algorithm_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        algorithms.main(["--run", "dqn"])
+    assert "'dqn' is none of ppo, ppo_own_critic, grpo, rloo, sft, best_of_n" in capsys.readouterr().err
+
+
+def points(*pairs):
+    """A curve of (KL, judge) at 0, 640, 1,280 … completions, a second for each hundred."""
+    return [{"kl": kl, "judge": judge, "episodes": 640 * i, "seconds": 6.4 * i} for i, (kl, judge) in enumerate(pairs)]
+
+
+def test_the_judge_at_a_kl_is_read_where_the_run_last_passes_it():
+    curve = points((0, 0.5), (7, 0.6), (5, 0.7), (9, 0.9))
+    assert algorithms_report.judge_at(curve, 6.0) == pytest.approx(0.75)
+    assert algorithms_report.judge_at(curve, 10.0) == 0.9  # ends below: its last policy
+    assert algorithms_report.judge_at(points((0, 0.5), (12, 0.9), (8, 0.8)), 10.0) == 0.8
+
+
+def test_a_share_counts_as_reached_within_the_kl_only():
+    curve = points((0, 0.5), (11, 0.95), (9, 0.91), (9, 0.99))
+    assert algorithms_report.reached(curve, 10.0)["episodes"] == 1280
+    assert algorithms_report.reached(curve, 8.0) is None
+    assert algorithms_report.has_failed(points((0, 0.5), (12, 0.9)), 10.0)
+    assert not algorithms_report.has_failed(curve, 10.0)
+
+
+def made_up(name, curve, seed=0, **settings):
+    words = {key: str(value) for key, value in settings.items()}
+    return {"algorithm": name, "settings": words, "seed": seed, "points": curve, "peak_memory_gb": 1.5}
+
+
+def test_the_report_gives_each_setting_its_mean_over_seeds_and_what_failed(tmp_path):
+    runs = [
+        made_up("ppo", points((0, 0.5), (8, 0.8), (10, 0.92)), seed=0),
+        made_up("ppo", points((0, 0.5), (8, 0.9), (10, 0.94)), seed=1),
+        made_up("grpo", points((0, 0.5), (10, 0.6)), learning_rate=1e-4),
+    ]
+    runs.append(made_up("best_of_n", [{"n": 4, "kl": 0.64, "judge": 0.9, "seconds": 0.01}]))
+    for number, run in enumerate(runs):
+        (tmp_path / f"{number}.json").write_text(json.dumps(run))
+    text = algorithms_report.write(tmp_path, (6.0, 8.0, 10.0))
+    ppo = next(line for line in text.splitlines() if line.startswith("| PPO, value head"))
+    assert "| the recipe's | 2 | 0.763 ± 0.053 | 0.850 ± 0.071 | 0.930 ± 0.014 | 10.0 ± 0.0 |" in ppo
+    assert "| 10 ± 5 | 960 ± 453 | 13 ± 0 | 1.50 | 0 of 2 |" in ppo
+    assert "| learning_rate 0.0001 | 1 |" in text
+    assert "| – | – | 6 | 1.50 | 1 of 1 |" in text
+    assert "| 4 | 0.64 | 0.900 | 0.010 |" in text
+    picture = (tmp_path / "report.svg").read_text()
+    assert [picture.count(f"<!-- {name}") for name in ("PPO, value head, n = 2", "GRPO", "best of n", "RLOO")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
+def test_the_setting_of_most_seeds_stands_for_an_algorithm_and_of_those_the_best():
+    groups = algorithms_report.by_setting(
+        [
+            made_up("ppo", points((0, 0.5), (8, 0.99)), learning_rate=9),
+            *(made_up("ppo", points((0, 0.5), (8, 0.8)), seed, learning_rate=1) for seed in range(2)),
+            *(made_up("ppo", points((0, 0.5), (8, 0.9)), seed, learning_rate=2) for seed in range(2)),
+        ]
+    )
+    assert algorithms_report.best(groups, (6.0, 8.0, 10.0)) == {"ppo": "learning_rate 2"}
