@@ -37,16 +37,11 @@ def settings_text(settings):
 
 
 def judge_at(points, level):
-    """The judge's share where the KL last passes `level` on its way up, linear between two evaluations.
+    """The judge's share for the policy of highest reward among those evaluated within `level` nats.
 
-    A run that ends below counts with its last policy; it is the one that a ceiling on KL would have kept.
+    It is chosen as a user can choose it, by the reward that was trained on: the judge has no say in it.
     """
-    below = max(i for i, point in enumerate(points) if point["kl"] <= level)
-    if below == len(points) - 1:
-        return points[below]["judge"]
-    low, high = points[below], points[below + 1]
-    share = (level - low["kl"]) / (high["kl"] - low["kl"])
-    return (1 - share) * low["judge"] + share * high["judge"]
+    return max((point for point in points if point["kl"] <= level), key=lambda point: point["reward"])["judge"]
 
 
 def reached(points, level, share=SHARE):
@@ -79,11 +74,11 @@ def row(runs, levels):
     return [*cells, f"{sum(has_failed(points, levels[-1]) for points in curves)} of {len(runs)}"]
 
 
-def best(groups, levels):
-    """Each algorithm's setting with most seeds, and of those the one that the judge likes most at the middle level."""
+def best(groups, level):
+    """`{algorithm: settings}`: of an algorithm's settings with most seeds, the one that the judge likes most at `level`."""
     chosen = {}
     for (algorithm, settings), runs in groups.items():
-        mean = statistics.mean(judge_at(run["points"], levels[1]) for run in runs)
+        mean = statistics.mean(judge_at(run["points"], level) for run in runs)
         chosen[algorithm] = max(chosen.get(algorithm, (0, 0.0, "")), (len(runs), mean, settings))
     return {algorithm: settings for algorithm, (*_, settings) in chosen.items()}
 
@@ -112,7 +107,7 @@ def draw(groups, levels, path):
     """The judge's share against KL: a thin line for each seed of an algorithm's best setting."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    chosen = best(groups, levels)
+    chosen = best(groups, levels[-1])
     for (algorithm, name), colour in zip(NAMES.items(), COLOURS, strict=True):
         runs = groups.get((algorithm, chosen.get(algorithm)), [])
         for number, run in enumerate(runs):

@@ -76,14 +76,15 @@ def test_an_unknown_algorithm_is_refused(capsys):
 
 def points(*pairs):
     """A curve of (KL, judge) at 0, 640, 1,280 … completions, a second for each hundred."""
-    return [{"kl": kl, "judge": judge, "episodes": 640 * i, "seconds": 6.4 * i} for i, (kl, judge) in enumerate(pairs)]
+    rows = enumerate(pairs)
+    return [{"kl": k, "judge": j, "reward": i, "episodes": 640 * i, "seconds": 6.4 * i} for i, (k, j) in rows]
 
 
-def test_the_judge_at_a_kl_is_read_where_the_run_last_passes_it():
-    curve = points((0, 0.5), (7, 0.6), (5, 0.7), (9, 0.9))
-    assert algorithms_report.judge_at(curve, 6.0) == pytest.approx(0.75)
-    assert algorithms_report.judge_at(curve, 10.0) == 0.9  # ends below: its last policy
-    assert algorithms_report.judge_at(points((0, 0.5), (12, 0.9), (8, 0.8)), 10.0) == 0.8
+def test_the_judge_at_a_kl_is_that_of_the_policy_of_highest_reward_within_it():
+    curve = points((0, 0.5), (5, 0.8), (6, 0.7), (9, 0.9))  # the reward rises throughout
+    assert algorithms_report.judge_at(curve, 6.0) == 0.7  # though the judge liked the one before more
+    assert algorithms_report.judge_at(curve, 5.5) == 0.8
+    assert algorithms_report.judge_at(curve, 10.0) == 0.9
 
 
 def test_a_share_counts_as_reached_within_the_kl_only():
@@ -105,12 +106,12 @@ def test_the_report_gives_each_setting_its_mean_over_seeds_and_what_failed(tmp_p
         made_up("ppo", points((0, 0.5), (8, 0.9), (10, 0.94)), seed=1),
         made_up("grpo", points((0, 0.5), (10, 0.6)), learning_rate=1e-4),
     ]
-    runs.append(made_up("best_of_n", [{"n": 4, "kl": 0.64, "judge": 0.9, "seconds": 0.01}]))
+    runs.append(made_up("best_of_n", [{"n": 4, "kl": 0.64, "judge": 0.9, "reward": 1.0, "seconds": 0.01}]))
     for number, run in enumerate(runs):
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
     text = algorithms_report.write(tmp_path, (6.0, 8.0, 10.0))
     ppo = next(line for line in text.splitlines() if line.startswith("| PPO, value head"))
-    assert "| the recipe's | 2 | 0.763 ± 0.053 | 0.850 ± 0.071 | 0.930 ± 0.014 | 10.0 ± 0.0 |" in ppo
+    assert "| the recipe's | 2 | 0.500 ± 0.000 | 0.850 ± 0.071 | 0.930 ± 0.014 | 10.0 ± 0.0 |" in ppo
     assert "| 10 ± 5 | 960 ± 453 | 13 ± 0 | 1.50 | 0 of 2 |" in ppo
     assert "| learning_rate 0.0001 | 1 |" in text
     assert "| – | – | 6 | 1.50 | 1 of 1 |" in text
@@ -132,4 +133,4 @@ def test_the_setting_of_most_seeds_stands_for_an_algorithm_and_of_those_the_best
             *(made_up("ppo", points((0, 0.5), (8, 0.9)), seed, learning_rate=2) for seed in range(2)),
         ]
     )
-    assert algorithms_report.best(groups, (6.0, 8.0, 10.0)) == {"ppo": "learning_rate 2"}
+    assert algorithms_report.best(groups, 8.0) == {"ppo": "learning_rate 2"}
