@@ -75,7 +75,7 @@ def row(runs, levels):
 
 
 def best(groups, level):
-    """`{algorithm: settings}`: of an algorithm's settings with most seeds, the one that the judge likes most at `level`."""
+    """`{algorithm: settings}`: of an algorithm's settings with most seeds, the one the judge likes most at `level`."""
     chosen = {}
     for (algorithm, settings), runs in groups.items():
         mean = statistics.mean(judge_at(run["points"], level) for run in runs)
