@@ -171,7 +171,7 @@ MUTANTS = [
            "policy._keys_to_ignore_on_save |= names |", "policy._keys_to_ignore_on_save |= set() |", TRAINER),
     Mutant("beta is not restored",
            'trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]', "pass", RESUME),
-    Mutant("the critic is not restored", "load_critic(self.policy.critic, folder)", "pass", RESUME),
+    Mutant("the critic is not restored", "load_critic(trainer.policy.critic, folder)", "pass", RESUME),
     Mutant("a finished run takes a further step",
            "if 0 < self.args.max_steps <= self.state.global_step:", "if False:", RESUME),
     Mutant("the order of prompts does not change with the pass",

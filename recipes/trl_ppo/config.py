@@ -92,6 +92,11 @@ class PPOConfig(GRPOConfig):
     value_learning_rate: float | None = setting(
         None, "Learning rate of the critic's own weights; `learning_rate` if not set."
     )
+    value_warmup_rollouts: int = setting(
+        0,
+        "Rollouts at the start whose updates move the critic alone, and leave the policy as it is (VC-PPO, "
+        "arXiv:2503.01491); part of `total_episodes`.",
+    )
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
     num_generations_eval: int = setting(1, "One completion for each held-out prompt.")
@@ -203,8 +208,9 @@ def check_engine(args):
 
     Under FSDP2 log-probabilities and values leave the model as they were computed; accelerate would round them to bf16.
     """
-    if args.stop_epochs_at_kl is not None and args.deepspeed_plugin is not None:
-        raise UserError("stop_epochs_at_kl: DeepSpeed steps before it could be stopped; leave it null, use kl_target")
+    for name in ("stop_epochs_at_kl", "value_warmup_rollouts") if args.deepspeed_plugin is not None else ():
+        if getattr(args, name):
+            raise UserError(f"{name}: DeepSpeed steps before a gradient could be left out; leave out this setting")
     if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return
     plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))

@@ -89,6 +89,14 @@ def split_group(optimizer, parameters, learning_rate):
     optimizer.add_param_group({"params": own, "lr": learning_rate, "weight_decay": 0.0})
 
 
+def drop_policy_gradients(model, critic):
+    """Drop every gradient of `model` but the critic's own: what has none, optimisers leave as it is, its state too."""
+    own = {id(parameter) for parameter in critic.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.grad = None
+
+
 # --- Checkpoints --------------------------------------------------------------------------------------------------
 
 
