@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from trl_ppo import PPOConfig, PPOTrainer
+from trl_ppo.checkpoints import load_state
 from trl_ppo.cpu import use_tiles
 from trl_ppo.cpu.lm_head import PackedTokens
-from trl_ppo.checkpoints import load_state
 from trl_ppo.critic import ValueModel
 from trl_ppo.logprobs import add_logprobs_forward, pad_batch
 

@@ -31,7 +31,7 @@ from .inputs import ScoreError, UserError, check_lengths
 from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
-from .vllm_sampler import fit_to_ppo
+from .vllm_sampler import fit_to_ppo, sampler_weights
 
 
 class PPOTrainer(GRPOTrainer):
@@ -107,7 +107,9 @@ class PPOTrainer(GRPOTrainer):
             rewards = formulas.whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_ranks)
 
         # 5. Advantages and returns.
-        advantages, returns = formulas.gae(rewards, policy.state_values, mask, self.args.gamma, self.args.lam)
+        lams = formulas.lambdas(mask, self.args.lam, self.args.lam_value, self.args.lam_length_alpha)
+        both = [formulas.gae(rewards, policy.state_values, mask, self.args.gamma, lam) for lam in lams]
+        (advantages, _), (_, returns) = both
         self._rollout_times = started, (scored := now(self.args.device))
 
         self._track("objective/kl", kl.sum(1))
@@ -127,11 +129,7 @@ class PPOTrainer(GRPOTrainer):
         if self.log_completions:
             self._keep_for_table(prompts, completions, advantages.sum(1) / mask.sum(1))
         if self.args.vllm_importance_sampling_correction and (sampler := batch.get("sampler_logprobs")) is not None:
-            clip = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-            weights = formulas.importance_weights(policy.logprobs, sampler, *clip)
-            self._track("sampling/importance_sampling_ratio/mean", weights, mask)
-            self._track("sampling/sampling_logp_difference/mean", (policy.logprobs - sampler).abs(), mask)
-            advantages = advantages * weights  # w times an advantage is w times its clipped loss, for w ≥ 0
+            advantages = advantages * sampler_weights(self, policy.logprobs, sampler, mask)
         old = {"old_logprobs": policy.logprobs, "old_values": policy.state_values}
         return batch | old | {"advantages": advantages, "returns": returns}
 
