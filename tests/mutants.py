@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300  # for one mutant; a hang is noticed too
 
 FORMULAS, TRAINER, RESUME = (f"tests/test_ppo_{name}.py" for name in ("formulas", "trainer", "resume"))
+STABILITY = "tests/test_ppo_stability.py"
 LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks", "device"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
 ENGINES, FAULTS, FIDELITY = (f"tests/test_{name}.py" for name in ("engines", "faults", "fidelity"))
@@ -171,7 +172,7 @@ MUTANTS = [
            "policy._keys_to_ignore_on_save |= names |", "policy._keys_to_ignore_on_save |= set() |", TRAINER),
     Mutant("beta is not restored",
            'trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]', "pass", RESUME),
-    Mutant("the critic is not restored", "load_critic(self.policy.critic, folder)", "pass", RESUME),
+    Mutant("the critic is not restored", "load_critic(trainer.policy.critic, folder)", "pass", RESUME),
     Mutant("a finished run takes a further step",
            "if 0 < self.args.max_steps <= self.state.global_step:", "if False:", RESUME),
     Mutant("the order of prompts does not change with the pass",
@@ -207,12 +208,23 @@ MUTANTS = [
     Mutant("the value head takes its weights as they are",
            "F.linear(states.float(), self.weight.float(), self.bias.float())",
            "F.linear(states.float(), self.weight, self.bias)", ENGINES),
+    # Stability options
+    Mutant("the policy moves while the critic warms up", "if self._warms_up:", "if False:", STABILITY),
+    Mutant("the critic warms up for steps, not rollouts",
+           "value_warmup_rollouts * self.args.steps_per_rollout", "value_warmup_rollouts", STABILITY),
+    Mutant("the warm-up drops the critic's gradients too", "if id(parameter) not in own:", "if True:", STABILITY),
+    Mutant("gradients become 0 instead of none: weight decay and moments go on",
+           "parameter.grad = None", "parameter.grad = torch.zeros_like(parameter)", STABILITY),
+    Mutant("beta falls while the critic warms up", "is not None and not self._warms_up", "is not None", STABILITY),
+    Mutant("the critic's targets have the policy's lambda",
+           "return of_policy, lam if lam_value is None else lam_value", "return of_policy, of_policy", STABILITY),
+    Mutant("lambda by length may be negative", "mask.sum(1))).clamp(min=0)", "mask.sum(1)))", FORMULAS),
     # vLLM as the sampler
     Mutant("the critic is sent to vLLM", 'if not pair[0].startswith("critic.")', "if True", VLLM),
     Mutant("vLLM stops at end tokens of its own", '"ignore_eos": True', '"ignore_eos": False', VLLM),
     Mutant("importance weights without bounds", ".exp().clamp(low, high)", ".exp()", VLLM),
     Mutant("importance weights are computed and not used",
-           "advantages = advantages * weights", "advantages = advantages * 1", VLLM),
+           "advantages = advantages * sampler_weights(", "advantages = advantages + 0 * sampler_weights(", VLLM),
     Mutant("vLLM samples with other weights than the best that were loaded",
            "self._last_loaded_step = -1", "pass", VLLM),
     # Another device than the CPU, and fewer bits

@@ -38,6 +38,7 @@ class Settings:
     """What `check_engine` reads of a `PPOConfig`."""
 
     fsdp_plugin_args = deepspeed_plugin = stop_epochs_at_kl = None
+    value_warmup_rollouts = 0
 
 
 @pytest.mark.parametrize(

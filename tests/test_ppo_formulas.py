@@ -11,6 +11,7 @@ from trl_ppo import (
     clipped_value_loss,
     gae,
     kl_estimate,
+    lambdas,
     next_kl_coef,
     token_rewards,
     whiten,
@@ -150,3 +151,22 @@ def test_taking_rows_drops_columns_that_are_padding_in_all_of_them():
     assert first["completion_mask"].tolist() == [[1]]
     assert second["input_ids"].tolist() == [[4, 6, 7]]
     assert take_rows(batch, torch.tensor([0, 1]))["input_ids"].tolist() == batch["input_ids"].tolist()
+
+
+def test_lambda_grows_with_a_completions_length_and_that_of_the_critics_targets_is_its_own():
+    mask = torch.zeros(3, 200)
+    mask[0, :200], mask[1, :40], mask[2, :1] = 1, 1, 1
+    of_policy, of_value = lambdas(mask, lam=0.95, alpha=0.05)
+    assert of_policy.tolist() == pytest.approx([0.9, 0.5, 0.0])  # 1 − 1/10, 1 − 1/2, and never below 0
+    assert of_value == 0.95
+    assert lambdas(mask, lam=0.95) == (0.95, 0.95)
+    assert lambdas(mask, lam=0.95, lam_value=0.0) == (0.95, 0.0)
+
+
+def test_gae_takes_a_lambda_for_each_completion():
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    values = torch.tensor([[0.5, 0.25, 0.75], [0.5, 0.25, 0.75]])
+    # Temporal differences of both: −0.25, 0.5, 0.25.
+    advantages, returns = gae(rewards, values, torch.ones(2, 3), gamma=1.0, lam=torch.tensor([0.0, 0.5]))
+    assert advantages.tolist() == [[-0.25, 0.5, 0.25], [0.0625, 0.625, 0.25]]
+    assert returns.tolist() == [[0.25, 0.75, 1.0], [0.5625, 0.875, 1.0]]

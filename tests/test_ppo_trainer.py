@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from trl_ppo import PPOConfig, PPOTrainer
+from trl_ppo.checkpoints import load_state
 from trl_ppo.cpu import use_tiles
 from trl_ppo.cpu.lm_head import PackedTokens
 from trl_ppo.critic import ValueModel
@@ -676,7 +677,7 @@ def test_row_19_the_critic_is_saved_and_restored_and_the_policy_loads_without_it
     start = fresh.policy.state_dict()
     assert any(not torch.equal(start[name], trained[name]) for name in trained if name.startswith("critic."))
     fresh._load_from_checkpoint(str(tmp_path / "final"))
-    fresh._load_critic_and_state(str(tmp_path / "final"))
+    load_state(fresh, tmp_path / "final")
     assert "critic" not in caplog.text  # no warning of unexpected or missing weights
     for name, tensor in fresh.policy.state_dict().items():
         assert torch.equal(tensor, trained[name]), name

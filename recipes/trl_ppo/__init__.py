@@ -11,6 +11,7 @@ FORMULAS = (
     "kl_estimate",
     "token_rewards",
     "gae",
+    "lambdas",
     "whiten",
     "clipped_policy_loss",
     "importance_weights",

@@ -9,7 +9,7 @@ from zipfile import BadZipFile, ZipFile
 from accelerate.utils import gather_object, is_peft_model
 from safetensors import SafetensorError, safe_open
 
-from .critic import CRITIC
+from .critic import CRITIC, load_critic, save_critic
 from .inputs import UserError
 
 STATE, TRAINER_STATE = "ppo_state.json", "trainer_state.json"
@@ -119,8 +119,9 @@ def _size(config):
     return f"{text.model_type} of {text.num_hidden_layers} × {text.hidden_size}, vocabulary of {text.vocab_size}"
 
 
-def save_state(trainer, folder):
-    """Write what a rollout depends on besides the weights."""
+def save_state(trainer, folder, critic):
+    """Write the critic's weights, and what else a rollout depends on besides the policy's."""
+    save_critic(critic, folder)
     state = {"kl_coef": trainer.kl_coef, "score_sums": trainer.score_sums, "settings": _settings(trainer)}
     (Path(folder) / STATE).write_text(json.dumps(state))
 
@@ -141,3 +142,5 @@ def load_state(trainer, folder):
         if settings and trainer.args.process_index == 0:
             print(f"resume_from_checkpoint: {what}: {'; '.join(settings)}", flush=True)
     trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]
+    if not trainer.is_deepspeed_enabled:  # whose engine loads the critic with the policy
+        load_critic(trainer.policy.critic, folder)

@@ -13,6 +13,7 @@ from transformers.utils import find_adapter_config_file
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
+from .critic import check_critic_file
 from .inputs import UserError, check_numbers
 from .loading import load_skeleton
 
@@ -43,6 +44,10 @@ NOT_PPO = {
     }.items()
     for name in names.split()
 }
+
+
+# Settings that need all of the weights, and of the optimiser's state, on every rank.
+WHOLE_WEIGHTS = ("value_warmup_rollouts",)
 
 
 def setting(default, help, **metadata):
@@ -80,6 +85,14 @@ class PPOConfig(GRPOConfig):
     )
     gamma: float = setting(1.0, "Discount of GAE, per token.")
     lam: float = setting(0.95, "λ of GAE.")
+    lam_value: float | None = setting(
+        None, "λ of the targets that the critic learns, 1 in VC-PPO (arXiv:2503.01491); `lam` if not set."
+    )
+    lam_length_alpha: float | None = setting(
+        None,
+        "α of a λ that grows with the completion: 1 − 1/(α·tokens), at least 0, in place of `lam`, for the policy's "
+        "advantages alone; 0.05 in VAPO (arXiv:2504.05118).",
+    )
     vf_coef: float = setting(0.1, "Weight of the value loss.")
     cliprange_value: float = setting(0.2, "How far a value may move from the rollout's.")
     whiten_rewards: bool = setting(False, "Scale per-token rewards to unit variance; the mean stays.")
@@ -89,8 +102,16 @@ class PPOConfig(GRPOConfig):
     value_model_path: str | None = setting(
         None, "Causal sequence classifier to start a separate critic from; value head if not set."
     )
+    critic_path: str | None = setting(
+        None, "Folder of an earlier run, whose critic.safetensors the critic starts from; of the same kind and shape."
+    )
     value_learning_rate: float | None = setting(
         None, "Learning rate of the critic's own weights; `learning_rate` if not set."
+    )
+    value_warmup_rollouts: int = setting(
+        0,
+        "Rollouts at the start whose updates move the critic alone, and leave the policy as it is (VC-PPO, "
+        "arXiv:2503.01491); part of `total_episodes`.",
     )
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
@@ -193,6 +214,8 @@ def check_arguments(model, args, train_dataset, others):
     columns = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}  # what rewards get besides columns
     if taken := columns & set(getattr(train_dataset, "column_names", None) or ()):
         raise UserError(f"train_dataset: rename column {min(taken)!r}; rewards get something else by that name")
+    if args.critic_path is not None:
+        check_critic_file(args)
     if isinstance(model, str) and find_adapter_config_file(model) is None:
         load_skeleton(model, **({"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})))
     check_engine(args)
@@ -205,7 +228,13 @@ def check_engine(args):
     """
     if args.stop_epochs_at_kl is not None and args.deepspeed_plugin is not None:
         raise UserError("stop_epochs_at_kl: DeepSpeed steps before it could be stopped; leave it null, use kl_target")
-    if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+    fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if args.critic_path and args.value_model_path and args.deepspeed_plugin is not None:
+        raise UserError("critic_path: not with value_model_path under DeepSpeed, whose ZeRO-3 shards the critic first")
+    for name in WHOLE_WEIGHTS if fsdp or args.deepspeed_plugin is not None else ():
+        if getattr(args, name):
+            raise UserError(f"{name}: not under FSDP or DeepSpeed; leave it out, or take accelerate's multi_gpu.yaml")
+    if not fsdp:
         return
     plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
     needed = {

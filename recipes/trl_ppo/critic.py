@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -15,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import disable_dropout_in_model
 
-from .inputs import UserError
+from .inputs import UserError, first_line
 from .loading import load_whole
 
 CRITIC = "critic.safetensors"  # next to the policy, which is written as if it had none
@@ -76,8 +77,36 @@ def attach_critic(policy, args, device):
         kernels = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "activation_function"}
         critic = ValueModel(args.value_model_path, config.vocab_size, dtype=torch.float32, **kernels)
         policy.critic = critic.to(device)
+    if args.critic_path is not None:
+        start_from(args.critic_path, policy.critic)
     names = {f"critic.{name}" for name in policy.critic.state_dict()}
     policy._keys_to_ignore_on_save |= names | set(policy.all_tied_weights_keys)
+
+
+def check_critic_file(args):
+    """UserError where `critic_path` holds no critic, or one of the other kind; reads names alone."""
+    file = Path(args.critic_path) / CRITIC
+    try:
+        with safe_open(file, "pt") as weights:
+            is_head = "trunk" not in {name.partition(".")[0] for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"critic_path: {str(file)!r}: {first_line(error)}; give the folder of a PPO run") from error
+    if is_head and args.value_model_path is not None:
+        raise UserError(f"critic_path: {args.critic_path!r} holds a value head; leave out value_model_path")
+    if not is_head and args.value_model_path is None:
+        raise UserError(f"critic_path: {args.critic_path!r} holds a critic of its own; give its value_model_path too")
+
+
+def start_from(path, critic):
+    """Give the critic the weights of an earlier run's; UserError where they do not fit, or are NaN or infinite."""
+    theirs, ours = load_file(Path(path) / CRITIC), critic.state_dict()
+    for name in sorted(theirs.keys() | ours.keys()):
+        shapes = [[*weights[name].shape] if name in weights else "missing" for weights in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"critic_path: {path!r}: {name} is {shapes[0]} there, {shapes[1]} in the critic asked for")
+        if not theirs[name].isfinite().all():
+            raise UserError(f"critic_path: {path!r}: {name} is NaN or infinite in places; take an earlier checkpoint")
+    critic.load_state_dict(theirs)
 
 
 def split_group(optimizer, parameters, learning_rate):
@@ -87,6 +116,14 @@ def split_group(optimizer, parameters, learning_rate):
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in chosen]
     optimizer.add_param_group({"params": own, "lr": learning_rate, "weight_decay": 0.0})
+
+
+def drop_policy_gradients(model, critic):
+    """Drop every gradient of `model` but the critic's own: what has none, optimisers leave as it is, its state too."""
+    own = {id(parameter) for parameter in critic.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.grad = None
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------

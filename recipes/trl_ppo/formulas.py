@@ -34,7 +34,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016) over the tokens that count.
 
     A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t, and V = A = 0 after the last token, where padding is.
-    All (B, C); returns `(advantages, returns)`, both 0 on padding.
+    All (B, C), λ one number or one for each completion (B,); returns `(advantages, returns)`, both 0 on padding.
     """
     values, rewards = values * mask, rewards * mask
     advantage = next_value = torch.zeros_like(values[:, 0])
@@ -45,6 +45,16 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         next_value = values[:, t]
         advantages[:, t] = advantage
     return advantages, advantages + values
+
+
+def lambdas(mask, lam, lam_value=None, alpha=None):
+    """λ of the policy's advantages, and that of the critic's targets (decoupled in VC-PPO, arXiv:2503.01491).
+
+    With `alpha` the policy's is 1 − 1/(α·l) for a completion of l tokens, at least 0 (VAPO, arXiv:2504.05118), as a
+    tensor (B,): the weights λ^t of the temporal differences then add up to about α·l.
+    """
+    of_policy = lam if alpha is None else (1 - 1 / (alpha * mask.sum(1))).clamp(min=0)
+    return of_policy, lam if lam_value is None else lam_value
 
 
 def whiten(x, mask, shift_mean=True, reduce=lambda sums: sums):

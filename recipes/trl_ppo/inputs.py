@@ -29,14 +29,16 @@ RANGES = {
         "total_episodes temperature repetition_penalty max_completion_length max_length num_train_epochs save_steps "
         "eval_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
         "lora_alpha reward_max_length reward_batch_size max_prompt_tokens test_prompts test_rows train_pairs "
-        "test_pairs scratch_width scratch_heads scratch_vocab first_characters",
+        "test_pairs scratch_width scratch_heads scratch_vocab first_characters lam_length_alpha stop_at_kl "
+        "ref_model_sync_steps",
     ),
     "must not be negative": (
         lambda x: x >= 0,
         "learning_rate adam_epsilon weight_decay max_grad_norm kl_coef vf_coef cliprange_value epsilon epsilon_high "
-        "top_k scratch_layers min_prompt_tokens min_prompt_characters dataloader_num_workers",
+        "value_warmup_rollouts top_k scratch_layers min_prompt_tokens min_prompt_characters "
+        "dataloader_num_workers",
     ),
-    "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "gamma lam lora_dropout min_p"),
+    "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "gamma lam lam_value lora_dropout min_p"),
     "must lie in [0, 1)": (lambda x: 0 <= x < 1, "adam_beta1 adam_beta2"),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
     "must lie in [0, 2**32)": (lambda x: 0 <= x < 2**32, "seed data_seed"),

@@ -26,12 +26,12 @@ from . import cpu_folder, formulas
 from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, StopOnSignal, now
 from .checkpoints import PPO_FILES, checkpoint_to_resume, load_state, save_state
 from .config import PPOConfig, check_arguments
-from .critic import attach_critic, critic_weights, load_critic, save_critic, split_group
+from .critic import attach_critic, critic_weights, drop_policy_gradients, split_group
 from .inputs import ScoreError, UserError, check_lengths
 from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
-from .vllm_sampler import fit_to_ppo
+from .vllm_sampler import fit_to_ppo, sampler_weights
 
 
 class PPOTrainer(GRPOTrainer):
@@ -107,7 +107,9 @@ class PPOTrainer(GRPOTrainer):
             rewards = formulas.whiten(rewards, mask, shift_mean=False, reduce=self._sum_over_ranks)
 
         # 5. Advantages and returns.
-        advantages, returns = formulas.gae(rewards, policy.state_values, mask, self.args.gamma, self.args.lam)
+        lams = formulas.lambdas(mask, self.args.lam, self.args.lam_value, self.args.lam_length_alpha)
+        both = [formulas.gae(rewards, policy.state_values, mask, self.args.gamma, lam) for lam in lams]
+        (advantages, _), (_, returns) = both
         self._rollout_times = started, (scored := now(self.args.device))
 
         self._track("objective/kl", kl.sum(1))
@@ -120,17 +122,14 @@ class PPOTrainer(GRPOTrainer):
         self._track("val/explained_variance", formulas.explained_variance(policy.state_values, returns, mask))
         self._track("time/generate", sampled - started)
         self._track("time/score", scored - sampled)
-        if self._mode == "train" and self.args.kl_target is not None:
+        # While the policy waits for the critic its KL is 0, which says nothing of β: it would only fall.
+        if self._mode == "train" and self.args.kl_target is not None and not self._warms_up:
             self._adapt_kl_coef(kl.sum(1))
         advantages = formulas.whiten(advantages, mask, reduce=self._sum_over_ranks)
         if self.log_completions:
             self._keep_for_table(prompts, completions, advantages.sum(1) / mask.sum(1))
         if self.args.vllm_importance_sampling_correction and (sampler := batch.get("sampler_logprobs")) is not None:
-            clip = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-            weights = formulas.importance_weights(policy.logprobs, sampler, *clip)
-            self._track("sampling/importance_sampling_ratio/mean", weights, mask)
-            self._track("sampling/sampling_logp_difference/mean", (policy.logprobs - sampler).abs(), mask)
-            advantages = advantages * weights  # w times an advantage is w times its clipped loss, for w ≥ 0
+            advantages = advantages * sampler_weights(self, policy.logprobs, sampler, mask)
         old = {"old_logprobs": policy.logprobs, "old_values": policy.state_values}
         return batch | old | {"advantages": advantages, "returns": returns}
 
@@ -229,6 +228,11 @@ class PPOTrainer(GRPOTrainer):
         return self._buffered_inputs[micro_batch]
 
     @property
+    def _warms_up(self):
+        """Whether this is one of the first rollouts, whose updates move the critic alone (`value_warmup_rollouts`)."""
+        return self.state.global_step < self.args.value_warmup_rollouts * self.args.steps_per_rollout
+
+    @property
     def _is_first_micro_batch(self):
         """Whether the next micro-batch is the first one of a rollout."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
@@ -267,6 +271,8 @@ class PPOTrainer(GRPOTrainer):
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._warms_up:
+            drop_policy_gradients(model, self.policy.critic)
         if self.args.stop_epochs_at_kl is not None and self.accelerator.sync_gradients:
             moved = self._sum_over_ranks(self._mini_batch_kl).item()
             self._mini_batch_kl, self._skip_epochs = 0.0, moved > self.args.stop_epochs_at_kl
@@ -324,14 +330,13 @@ class PPOTrainer(GRPOTrainer):
         weights = critic_weights(self.policy.critic, state_dict)  # first: transformers takes them out of `state_dict`
         super()._save(str(folder), state_dict)
         if self.args.should_save:
-            save_critic(weights, folder)
-            save_state(self, folder)
+            save_state(self, folder, weights)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Trainer's `train`; `True` (or "true") resumes from the newest whole checkpoint, if there is one."""
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, PPO_FILES)
         if checkpoint:
-            self._load_critic_and_state(checkpoint)
+            load_state(self, checkpoint)
             self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= self.state.global_step:  # Trainer would take one step more
                 self._load_from_checkpoint(checkpoint)
@@ -341,10 +346,5 @@ class PPOTrainer(GRPOTrainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_critic_and_state(self.state.best_model_checkpoint)
+        load_state(self, self.state.best_model_checkpoint)
         self._last_loaded_step = -1  # vLLM has the last step's weights
-
-    def _load_critic_and_state(self, folder):
-        load_state(self, folder)
-        if not self.is_deepspeed_enabled:  # whose engine loads the critic with the policy
-            load_critic(self.policy.critic, folder)
