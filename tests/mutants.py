@@ -25,7 +25,7 @@ STABILITY = "tests/test_ppo_stability.py"
 LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks", "device"))
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
 ENGINES, FAULTS, FIDELITY = (f"tests/test_{name}.py" for name in ("engines", "faults", "fidelity"))
-VLLM, BAD_INPUT = (f"tests/test_{name}.py" for name in ("vllm", "bad_input"))
+VLLM, BAD_INPUT, GROUPS = (f"tests/test_{name}.py" for name in ("vllm", "bad_input", "group_trainers"))
 
 
 class Mutant(NamedTuple):
@@ -298,6 +298,12 @@ MUTANTS = [
     Mutant("a reward that ends the program ends it", "except (Exception, SystemExit)", "except Exception", BAD_INPUT),
     Mutant("scores in the order of their lengths",
            "scores[i] = score", "scores[start + batch.index(i)] = score", REWARDS),
+    # GRPO and RLOO
+    Mutant("padding counts as text", "if position_ids is None and past_key_values is None and", "if False and", GROUPS),
+    Mutant("the reference's positions count padding", "for model in models:", "for model in models[:1]:", GROUPS),
+    Mutant("TRL's own price of KL", "        beta=args.kl_coef,\n", "", GROUPS),
+    Mutant("PPO's epsilon for AdamW", '**shared | {"adam_epsilon": 1e-8}', "**shared", GROUPS),
+    Mutant("half groups are let through", "or args.generation_batch_size % group_size:", "or False:", GROUPS),
 ]  # fmt: skip
 
 
