@@ -20,6 +20,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -268,13 +269,13 @@ def parse_run(text):
     name, _, settings = text.partition(":")
     if name not in [*SETTINGS, "sft", "best_of_n"]:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*SETTINGS, 'sft', 'best_of_n'])}")
-    pairs = [each.partition("=") for each in settings.split(",") if each]
+    pairs = [each.partition("=") for each in re.split(r",(?![^[]*])", settings) if each]  # but not within a list
     return name, {key: value for key, _, value in pairs}
 
 
 def path_of(family, name, settings, seed):
     """Where a run's JSON is."""
-    words = [name, *(f"{key}={value.replace('/', '_')}" for key, value in settings.items()), str(seed)]
+    words = [name, *(f"{key}={re.sub(r'[^\w.+-]+', '_', value)}" for key, value in settings.items()), str(seed)]
     return Path("runs") / family / "algorithms" / ("-".join(words) + ".json")
 
 

@@ -74,6 +74,12 @@ def test_an_unknown_algorithm_is_refused(capsys):
     assert "'dqn' is none of ppo, ppo_own_critic, grpo, rloo, sft, best_of_n" in capsys.readouterr().err
 
 
+def test_the_settings_of_a_run_may_hold_a_list():
+    name, settings = algorithms.parse_run("ppo:reward_model=[runs/a, runs/b],seed=1")
+    assert (name, settings) == ("ppo", {"reward_model": "[runs/a, runs/b]", "seed": "1"})
+    assert algorithms.path_of("tiny", name, settings, 3).name == "ppo-reward_model=_runs_a_runs_b_-seed=1-3.json"
+
+
 def points(*pairs):
     """A curve of (KL, judge) at 0, 640, 1,280 … completions, a second for each hundred."""
     rows = enumerate(pairs)
