@@ -275,8 +275,8 @@ def parse_run(text):
 
 def path_of(family, name, settings, seed):
     """Where a run's JSON is."""
-    words = [name, *(f"{key}={re.sub(r'[^\w.+-]+', '_', value)}" for key, value in settings.items()), str(seed)]
-    return Path("runs") / family / "algorithms" / ("-".join(words) + ".json")
+    words = [name, *(f"{key}={value}" for key, value in settings.items()), str(seed)]
+    return Path("runs") / family / "algorithms" / (re.sub(r"[^\w.=+-]+", "_", "-".join(words)) + ".json")
 
 
 def make_parser():
