@@ -34,7 +34,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
     trainer = PPOTrainer(
         model=path,
-        reward_funcs=script_args.load_rewards(training_args),
+        reward_funcs=script_args.load_rewards(training_args, model_args),
         args=training_args,
         train_dataset=train,
         eval_dataset=test,

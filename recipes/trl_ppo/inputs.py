@@ -34,7 +34,7 @@ RANGES = {
     "must not be negative": (
         lambda x: x >= 0,
         "learning_rate adam_epsilon weight_decay max_grad_norm kl_coef vf_coef cliprange_value epsilon epsilon_high "
-        "top_k scratch_layers min_prompt_tokens min_prompt_characters dataloader_num_workers",
+        "top_k reward_variance_coef scratch_layers min_prompt_tokens min_prompt_characters dataloader_num_workers",
     ),
     "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "gamma lam lora_dropout min_p"),
     "must lie in [0, 1)": (lambda x: 0 <= x < 1, "adam_beta1 adam_beta2"),
