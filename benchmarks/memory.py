@@ -122,7 +122,7 @@ def models(script, training, model):
         if lora is not None:
             wrapped.enable_input_require_grads()
     if "reward_model" in script.rewards:
-        reward = make(script.reward_model, AutoModelForSequenceClassification, script.reward_dtype).eval()
+        reward = make(script.reward_models[0], AutoModelForSequenceClassification, script.reward_dtype).eval()
     return policy, wrapped, reward
 
 
@@ -180,7 +180,9 @@ def memory(script, training, model, mixed_precision="no", triton=True):
     saved, unpacked = in_4_bits(policy, model.use_bnb_nested_quant) if model.load_in_4bit else (0, 0)
     trainable, own, autocast = size_of(wrapped, trainable=True), size_of(policy.critic), AUTOCAST[mixed_precision]
     static = {"policy": size_of(wrapped) - own - saved, "critic": own, "optimiser": 2 * trainable}
-    static |= {"reference": 0 if model.use_peft else static["policy"], "reward model": size_of(reward) if reward else 0}
+    references = (not model.use_peft) + script.preference_as_reward
+    rewards = len(script.reward_models) * size_of(reward) if reward else 0  # of an ensemble's first, and others like it
+    static |= {"reference": references * static["policy"], "reward model": rewards}
     bytes_of_logit = policy.dtype.itemsize if mixed_precision == "no" else 2
     tile = {"logits": min(rows * new, TOKEN_CHUNK_SIZE) * _CHUNKED_LOGPROB_CHUNK_SIZE * bytes_of_logit}
     phases = {}

@@ -37,7 +37,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
         script_args.algorithm,
         script_args.group_size,
         model=path,
-        reward_funcs=script_args.load_rewards(training_args),
+        reward_funcs=script_args.load_rewards(training_args, model_args),
         args=training_args,
         train_dataset=train,
         eval_dataset=test,

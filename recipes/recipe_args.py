@@ -20,7 +20,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Union, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -123,8 +123,9 @@ def _parse(script, dataclass_types, args):
             action.help = "(default: %(default)s)"  # argparse shows none without a text
         if action.dest == "output_dir":  # transformers would invent one
             action.required = True
-        if get_origin(hints.get(action.dest)) is dict:
-            action.type = functools.partial(_mapping, hint=hints[action.dest])
+        hint = hints.get(action.dest)
+        if get_origin(hint) is dict or {str, list[str]} <= {*get_args(hint)}:
+            action.type = functools.partial(_as_in_yaml, hint=hint)
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     values = _read_yaml(path, shown)
     for key, value in values.items():
@@ -212,13 +213,14 @@ def _fit(where: str, value, hint):
         raise UserError(f"{where}: {value!r} {said}{advice}") from None
 
 
-def _mapping(text: str, hint):
-    """A mapping on the command line, written as in a YAML."""
+def _as_in_yaml(text: str, hint):
+    """A mapping, or what may be a list, on the command line."""
     try:
         return _fit("", yaml.load(text, _Loader), hint)
     except (UserError, yaml.YAMLError) as error:
         said = " ".join(str(error).removeprefix(": ").split())
-        raise argparse.ArgumentTypeError(f"{said}; write it as '{{name: value}}'") from None
+        form = "{name: value}" if get_origin(hint) is dict else "[one, another]"
+        raise argparse.ArgumentTypeError(f"{said}; write it as '{form}'") from None
 
 
 def _unknown(what, name, known) -> str:
@@ -251,7 +253,8 @@ class OutputArguments(ScriptArguments):
 
         folder, main = Path(training_args.output_dir), training_args.process_index == 0
         for key in ("model_name_or_path", "reward_model", "value_model_path"):
-            paths = [getattr(args, key, None) for args in (self, training_args, model_args)]
+            given = [getattr(args, key, None) for args in (self, training_args, model_args)]
+            paths = [path for value in given for path in (value if isinstance(value, list) else [value])]
             if any(path and folder.resolve() == Path(path).resolve() for path in paths):
                 raise UserError(f"output_dir: '{folder}' is where {key} is read from; give another folder")
         if main:
@@ -331,7 +334,15 @@ class PPOArguments(RecipeArguments):
         },
     )
     group_size: int = _option("Completions of each prompt under grpo and rloo.", 8)
-    reward_model: str | None = _option("The sequence classifier that rewards call reward_model: Hub id or folder.")
+    reward_model: list[str] | str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "The sequence classifier that rewards call reward_model: Hub id or folder; or a list of them, of "
+            "which the lowest score counts."
+        },
+    )
+    reward_variance_coef: float | None = _option("With several: the mean score minus this × their variance counts.")
+    preference_as_reward: bool = _option("Its score becomes the chance to beat a completion of the reference.", False)
     reward_label: str | None = _option("Which of its labels counts, if it has several.")
     reward_max_length: int = _option("Tokens that it reads; longer texts lose their beginning.", 512)
     reward_dtype: str = _option("Of its weights.", "float32")
@@ -349,7 +360,10 @@ class PPOArguments(RecipeArguments):
 
     def check(self, training_args, model_args) -> None:
         """UserError for rewards that cannot be had, and for what does not go together; loads no model."""
+        from transformers.utils import find_adapter_config_file
+
         from rewards import find_function  # light, but it may import a file of the user's
+        from trl_ppo.reward_model import label_index
 
         super().check(model_args)
         if self.algorithm != "ppo":
@@ -360,32 +374,52 @@ class PPOArguments(RecipeArguments):
             raise UserError(f"prompt_tokens: {cut} must be two numbers, the least and the most, as in [2, 8]")
         if not self.rewards:
             raise UserError("rewards: is empty; name at least one, as in rewards: {reward_model: 1.0}")
+        if self.preference_as_reward and "reward_model" not in self.rewards:
+            raise UserError("preference_as_reward: true, but rewards: does not name reward_model; add it, or set false")
+        if self.reward_variance_coef is not None and len(self.reward_models) < 2:
+            raise UserError("reward_variance_coef: is for several classifiers; list them in reward_model")
         for name in self.rewards:
             if name != "reward_model":
                 find_function("rewards", name)
-            elif self.reward_model is None:
+            elif not self.reward_models:
                 raise UserError("rewards: reward_model has a weight, but reward_model: names no classifier")
-            else:
-                check_model("reward_model", self.reward_model, "SequenceClassification")
+        for path in self.reward_models if "reward_model" in self.rewards else ():
+            config = check_model("reward_model", path, "SequenceClassification")
+            is_classifier = "Classification" in str(config.architectures)  # and no adapter, whose labels are its own
+            if is_classifier and find_adapter_config_file(path) is None:
+                label_index(path, config.id2label, self.reward_label)
 
-    def load_rewards(self, training_args) -> list:
+    @property
+    def reward_models(self) -> list[str]:
+        """Those of `reward_model`: none, one, or an ensemble."""
+        given = self.reward_model or []
+        return given if isinstance(given, list) else [given]
+
+    def load_rewards(self, training_args, model_args) -> list:
         """The reward functions, in the order of `rewards`, whose weights go into `training_args`."""
         from rewards import find_function
-        from trl_ppo import RewardModel
 
         training_args.reward_weights = list(self.rewards.values())
         return [
-            RewardModel(
-                self.reward_model,
-                label=self.reward_label,
-                max_length=self.reward_max_length,
-                dtype=self.reward_dtype,
-                batch_size=self.reward_batch_size,
-            )
-            if name == "reward_model"
-            else find_function("rewards", name)
+            find_function("rewards", name)
+            if name != "reward_model"
+            else self._load_reward_model(training_args, model_args)
             for name in self.rewards
         ]
+
+    def _load_reward_model(self, training_args, model_args):
+        from trl import get_quantization_config
+
+        from rewards import ensemble, preference, reference_sampler
+        from trl_ppo import RewardModel
+
+        settings = {"label": self.reward_label, "max_length": self.reward_max_length, "dtype": self.reward_dtype}
+        models = [RewardModel(path, batch_size=self.reward_batch_size, **settings) for path in self.reward_models]
+        reward = ensemble(models, self.reward_variance_coef) if len(models) > 1 else models[0]
+        if not self.preference_as_reward:
+            return reward
+        path, quantization = model_args.model_name_or_path, get_quantization_config(model_args)
+        return preference(reward, reference_sampler(path, training_args, quantization))
 
 
 def init_kwargs(training_args, model_args) -> dict[str, Any]:

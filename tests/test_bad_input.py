@@ -171,6 +171,11 @@ BAD_SETTINGS = [
     ({"rewards": {}}, "rewards: is empty"),
     ({"rewards": {"length": 1.0}}, "rewards: 'length' is not a reward; give reward_model, word_count, length_penalty"),
     ({"rewards": {"reward_model": 1.0}}, "rewards: reward_model has a weight, but reward_model: names no classifier"),
+    ({"rewards": {"reward_model": 1.0}, "reward_model": []}, "but reward_model: names no classifier"),
+    ({"reward_model": [1]}, "reward_model: [1] should be"),
+    ({"reward_variance_coef": 1.0, "reward_model": ["a/b"]}, "reward_variance_coef: is for several classifiers; list"),
+    ({"reward_variance_coef": -1.0}, "reward_variance_coef: -1.0 must not be negative"),
+    ({"preference_as_reward": True}, "preference_as_reward: true, but rewards: does not name reward_model"),
     ({"rewards": {"gone.py:f": 1.0}}, "rewards: cannot import gone.py:f: FileNotFoundError"),
     ({"rewards": {"math:no_such": 1.0}}, "rewards: cannot import math:no_such: AttributeError"),
     ({"rewards": {"math:pi": 1.0}}, "rewards: math:pi is not a function"),
@@ -190,6 +195,23 @@ def test_a_setting_that_makes_no_sense_is_refused_before_a_model_loads(
     changed, said, settings, start, refusal, no_weights
 ):
     assert said in refusal(start, settings | changed)
+
+
+@pytest.mark.parametrize("others", [[], ["runs/gone"]])
+def test_a_label_that_a_reward_model_lacks_and_a_member_that_is_missing(
+    others, settings, classifier_path, start, refusal, no_weights
+):
+    given = {"rewards": {"reward_model": 1.0}, "reward_model": [classifier_path, *others]}
+    label = None if others else "POSITIVE"
+    said = "'runs/gone' does not exist" if others else "has no label 'POSITIVE'; it has 0: LABEL_0"
+    line = refusal(start, settings | given | {"reward_label": label})
+    assert line.startswith(("reward model '", "reward_model: '"))
+    assert said in line
+
+
+def test_a_run_into_the_folder_of_one_of_several_reward_models(settings, classifier_path, start, refusal, no_weights):
+    given = {"rewards": {"reward_model": 1.0}, "reward_model": [classifier_path] * 2, "output_dir": classifier_path}
+    assert "is where reward_model is read from" in refusal(start, settings | given)
 
 
 @pytest.mark.parametrize(("changed", "said"), REFUSED_BY_A_LIBRARY, ids=[said for _, said in REFUSED_BY_A_LIBRARY])

@@ -165,7 +165,7 @@ def test_the_readmes_reward_of_ones_own_works_as_it_stands(demo_folder):
     args = PPOArguments(dataset_name="x", reward_model="runs/tiny/reward", **yaml.safe_load(setting))
     config = PPOConfig("out", use_cpu=True, bf16=False, per_device_train_batch_size=8, report_to="none")
     args.check(config, ModelConfig())
-    _, no_shouting = args.load_rewards(config)
+    _, no_shouting = args.load_rewards(config, ModelConfig())
     assert config.reward_weights == [1.0, 0.5]
     assert no_shouting(prompts=["a", "b"], completions=["NO", "no"]) == [-1.0, 0.0]
 

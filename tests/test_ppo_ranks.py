@@ -65,6 +65,9 @@ def test_rows_12_20_and_21_two_ranks_of_4_update_as_one_rank_of_8(runs, name):
     for first, second in zip(report_of_one["logged"], report_of_two["logged"], strict=True):
         for metric in ("objective/kl", "objective/scores", "val/ratio", "policy/approxkl_avg", "grad_norm"):
             assert first[metric] == pytest.approx(second[metric], abs=1e-5), metric
+        assert first["logged/share"] == pytest.approx(first["objective/scores"], abs=1e-6)
+        assert second["logged/share"] == pytest.approx(first["logged/share"], abs=1e-6)
+        assert second["logged/by_rank_0_alone"] == 7
     assert report_of_one["kl_coef"] == pytest.approx(report_of_two["kl_coef"], abs=1e-9)
 
 

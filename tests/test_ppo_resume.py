@@ -10,8 +10,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from rewards import preference, reference_sampler
 from test_ppo_trainer import make_trainer, prompts
-from trl_ppo import PPOConfig
+from trl_ppo import PPOConfig, RewardModel
 
 TIMINGS = ("time/", "step_time", "runtime", "samples_per_second", "steps_per_second", "total_flos")
 
@@ -64,7 +65,15 @@ def assert_same_end(resumed, whole):
 
 @pytest.mark.parametrize(
     ("stop", "variant"),
-    [(5, "plain"), (11, "plain"), (18, "plain"), (23, "plain"), (18, "evaluation"), (18, "own critic")],
+    [
+        (5, "plain"),
+        (11, "plain"),
+        (18, "plain"),
+        (23, "plain"),
+        (18, "evaluation"),
+        (18, "own critic"),
+        (18, "preference"),
+    ],
 )
 def test_row_18_a_run_that_was_broken_off_and_resumed_ends_bit_identical(
     gpt2_path, classifier_path, tmp_path, stop, variant
@@ -72,6 +81,9 @@ def test_row_18_a_run_that_was_broken_off_and_resumed_ends_bit_identical(
     set = {}
     if variant == "evaluation":
         set = {"eval_dataset": prompts(3), "eval_strategy": "steps", "eval_steps": 3}
+    if variant == "preference":  # whose references are sampled, by a model that is loaded anew
+        config = PPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_completion_length=6)
+        set["reward_funcs"] = preference(RewardModel(classifier_path), reference_sampler(gpt2_path, config))
     if variant == "own critic":
         set = {"value_model_path": classifier_path, "value_learning_rate": 1e-3}
     whole = job(gpt2_path, tmp_path / "whole", **set)

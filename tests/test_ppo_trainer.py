@@ -905,6 +905,22 @@ def test_stop_epochs_at_kl_is_held_against_the_kl_of_the_whole_mini_batch(gpt2_p
     assert not skipped(kl * 1e3)[0]
 
 
+def test_what_reward_functions_log_is_averaged_over_a_rollouts_calls(gpt2_path, tmp_path):
+    def words(prompts, completions, log_metric, **_):
+        if len(words.given) < 2:
+            log_metric("words/once", 7.0)
+        words.given.append(sum(len(text.split()) for text in completions) / len(completions))
+        log_metric("words/mean", words.given[-1])
+        return [0.0] * len(completions)
+
+    words.given = []
+    trainer = make_trainer(gpt2_path, tmp_path, words, logging_steps=8, max_steps=8)
+    trainer.train()
+    assert history(trainer, "words/mean") == pytest.approx([np.mean(words.given)])
+    assert history(trainer, "words/once") == [7.0]
+    assert len(words.given) > 2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_row_37_a_score_that_is_no_number_stops_the_run_before_the_step(gpt2_path, tmp_path, bad):
     calls = []

@@ -459,3 +459,18 @@ def test_a_mapping_on_the_command_line_is_read_as_in_a_yaml_and_its_faults_are_n
     assert line.startswith("--rewards: ")
     assert said in line
     assert "write it as '{name: value}'" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "models"),
+    [("runs/a", ["runs/a"]), ("org/model", ["org/model"]), ("[runs/a, runs/b]", ["runs/a", "runs/b"])],
+)
+def test_one_or_several_reward_models_may_be_given_on_the_command_line(given, models, capsys):
+    script = str(ROOT / "recipes/sentiment_gpt2_ppo.py")
+    types = (PPOArguments, PPOConfig, ModelConfig)
+    assert parse(script, *types, args=["--reward_model", given])[0].reward_models == models
+    with pytest.raises(SystemExit):
+        parse(script, *types, args=["--reward_model", "[runs/a"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--reward_model: ")
+    assert line.endswith("write it as '[one, another]'")

@@ -285,7 +285,7 @@ def test_a_function_of_ones_own_needs_nothing_but_its_name_and_weight(tmp_path):
     args = rewards_of(rewards={"length_penalty": 0.0, f"{tmp_path}/my_rewards.py:shouting": -2.0})
     config = training(tmp_path)
     args.check(config, ModelConfig())
-    functions = args.load_rewards(config)
+    functions = args.load_rewards(config, ModelConfig())
     assert config.reward_weights == [0.0, -2.0]
     assert [function(prompts=["a"], completions=["NO"]) for function in functions] == [[-1.0], [1.0]]
     assert [function.__name__ for function in functions] == ["length_penalty", "shouting"]
@@ -294,7 +294,7 @@ def test_a_function_of_ones_own_needs_nothing_but_its_name_and_weight(tmp_path):
 def test_a_reward_model_that_the_yaml_leaves_out_is_not_loaded(tmp_path):
     args = rewards_of(rewards={"length_penalty": 1.0}, reward_model="runs/no-such-model")
     args.check(training(tmp_path), ModelConfig())
-    assert len(args.load_rewards(training(tmp_path))) == 1
+    assert len(args.load_rewards(training(tmp_path), ModelConfig())) == 1
 
 
 def test_a_reward_of_weight_0_is_logged_and_changes_nothing(toy_run, tmp_path):
@@ -313,6 +313,30 @@ def test_a_reward_of_weight_0_is_logged_and_changes_nothing(toy_run, tmp_path):
     logged = {name for entry in both.state.log_history for name in entry}
     assert "rewards/repetition_penalty" in logged
     assert "rewards/repetition_penalty" not in {name for entry in alone.state.log_history for name in entry}
+
+
+def test_the_chance_to_beat_the_reference_by_several_reward_models_is_trained_on_and_logged(toy_run, tmp_path):
+    folder, _ = toy_run
+    sft, reward = str(folder / "sft"), str(folder / "reward")
+    data = ["--dataset_name", str(folder / "data" / "prompts"), "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
+    options = [
+        "--reward_model",
+        f"[{reward}, {reward}]",
+        "--reward_variance_coef",
+        "1",
+        "--preference_as_reward",
+        "true",
+    ]
+    options += ["--total_episodes", "32", "--per_device_train_batch_size", "16", "--max_completion_length", "6"]
+    options += ["--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "8", "--test_prompts", "12"]
+    trainer = run("sentiment_gpt2_ppo", "--config", "tiny", "--model_name_or_path", sft, *data, *options)
+    for mode in ("", "eval_"):
+        (entry, *_) = [entry for entry in trainer.state.log_history if f"{mode}objective/scores" in entry]
+        chance = entry[f"{mode}rewards/preference_as_reward"]
+        assert 0.3 < chance < 0.7  # nothing, or next to nothing, is learnt yet
+        assert entry[f"{mode}objective/scores"] == pytest.approx(chance)
+        first, second = (entry[f"{mode}rewards/reward_ensemble/{number}_reward"] for number in (1, 2))
+        assert first == second == pytest.approx(entry[f"{mode}rewards/reward_ensemble"], abs=1e-5)
 
 
 def test_every_setting_of_ppo_is_written_out_in_a_yaml():

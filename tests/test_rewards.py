@@ -9,17 +9,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
+    GenerationConfig,
     PreTrainedTokenizerFast,
 )
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from conftest import SENTENCES
-from rewards import length_penalty, word_count
-from trl_ppo import RewardModel
+from rewards import ensemble, length_penalty, preference, reference_sampler, word_count
+from trl_ppo import PPOConfig, RewardModel
 from trl_ppo.reward_model import encode, with_finite_scores
 
 PROMPTS = ["the movie", "", "a great", "i watched it twice because the story was so"]
@@ -356,3 +358,102 @@ def test_the_name_that_trl_logs_is_kept_and_a_plain_function_stays_plain(llama_r
     for function in (word_count, partial(word_count, scale=1), RewardModel(llama_reward, device="cpu")):
         assert get_callable_name(with_finite_scores(function)) == get_callable_name(function)
         assert not is_async_callable(with_finite_scores(function))
+
+
+# --- Ensembles, and preference as reward ----------------------------------------------------------------------------
+
+MEMBERS = [lambda prompts, completions: [1.0, 3.0, 0.0], lambda prompts, completions: [2.0, 1.0, 0.0]]
+LETTERS = {"prompts": ["a", "b", "c"], "completions": ["x", "y", "z"]}
+for number, member in enumerate(MEMBERS):
+    member.__name__ = f"member{number}"
+
+
+@pytest.mark.parametrize(("variance_coef", "scores"), [(None, [1, 1, 0]), (0.0, [1.5, 2, 0]), (2.0, [1, 0, 0])])
+@pytest.mark.parametrize("members", [MEMBERS, MEMBERS[::-1]])
+def test_an_ensemble_scores_the_minimum_or_the_mean_less_the_variance_in_any_order(members, variance_coef, scores):
+    assert ensemble(members, variance_coef)(**LETTERS) == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("variance_coef", [None, 0.0, 5.0])
+def test_an_ensemble_of_a_model_with_itself_is_the_model(bert_reward, variance_coef):
+    reward = RewardModel(bert_reward, device="cpu")
+    assert ensemble([reward, reward], variance_coef)(PROMPTS, COMPLETIONS) == reward(PROMPTS, COMPLETIONS)
+
+
+@pytest.mark.parametrize("variance_coef", [None, 1.0])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_score_of_one_member_that_is_no_number_is_refused(variance_coef, place):
+    members = MEMBERS[:1]
+    members.insert(place, lambda prompts, completions: [0.0, math.nan, 0.0])
+    checked = with_finite_scores(ensemble(members, variance_coef))
+    with pytest.raises(ValueError, match=r"'reward_ensemble' returned nan for sample 1: prompt 'b', completion 'y'"):
+        checked(**LETTERS)
+
+
+def test_what_is_combined_is_logged_by_itself():
+    logged = {}
+    both = ensemble(MEMBERS)
+    preference(both, lambda prompts: prompts)(**LETTERS, log_metric=logged.__setitem__)
+    means = {"1_member0": 4 / 3, "2_member1": 1.0}
+    assert logged == {"rewards/reward_ensemble": pytest.approx(2 / 3)} | {
+        f"rewards/reward_ensemble/{name}": pytest.approx(mean) for name, mean in means.items()
+    }
+
+
+def test_preference_as_reward_is_the_sigmoid_of_the_difference_of_two_scores(gpt2_reward, bert_reward):
+    first, second = RewardModel(gpt2_reward, device="cpu"), RewardModel(bert_reward, device="cpu")
+    references = [" was bad", "a great cast", " plot", ""]
+    for reward in (first, ensemble([first, second], 0.5)):
+        chances = preference(reward, lambda prompts: references)(PROMPTS, COMPLETIONS)
+        own, theirs = reward(PROMPTS, COMPLETIONS), reward(PROMPTS, references)
+        assert chances == pytest.approx([1 / (1 + math.exp(b - a)) for a, b in zip(own, theirs, strict=True)])
+        reversed_chances = preference(reward, lambda prompts: COMPLETIONS)(PROMPTS, references)
+        assert np.add(chances, reversed_chances) == pytest.approx(1)
+        assert preference(reward, lambda prompts: COMPLETIONS)(PROMPTS, COMPLETIONS) == pytest.approx([0.5] * 4)
+
+
+def test_preference_as_reward_stays_in_bounds_however_far_the_scores_are_apart():
+    def size(prompts, completions, **_):
+        return [float(completion) for completion in completions]
+
+    chances = preference(size, lambda prompts: ["0"] * 3)(["a"] * 3, ["-1e5", "1e5", "1"])
+    assert chances == pytest.approx([0, 1, 1 / (1 + math.exp(-1))])
+
+
+def sampler(path, tmp_path, **set):
+    settings = {"max_completion_length": 6, "use_cpu": True, "bf16": False, "report_to": "none"} | set
+    return reference_sampler(path, PPOConfig(str(tmp_path), **settings))
+
+
+def test_what_the_reference_says_depends_on_seed_and_prompts_alone(gpt2_path, tmp_path):
+    sample = sampler(gpt2_path, tmp_path)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    first = sample(PROMPTS[2:])
+    assert torch.equal(torch.get_rng_state(), state)  # training's own random numbers go on as without it
+    torch.manual_seed(3)
+    assert sampler(gpt2_path, tmp_path)(PROMPTS[2:]) == first
+    assert sampler(gpt2_path, tmp_path, seed=1)(PROMPTS[2:]) != first
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("chats", [False, True])
+def test_the_reference_continues_each_prompt_as_if_it_stood_alone_up_to_its_end(family, chats, tmp_path, request):
+    path = request.getfixturevalue(f"{family}_path")
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    tokenizer.chat_template = TEMPLATE
+    ids = tokenizer("the movie")["input_ids"]
+    end = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+    model.generation_config = GenerationConfig(eos_token_id=end, suppress_tokens=[end])  # of which only the end counts
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ends = end, tokenizer.eos_token_id
+    prompts, expected = ["the movie", "i watched it twice because the story", "a"], []
+    for number, prompt in enumerate(prompts):
+        prompts[number] = chat(prompt, "")[0] if chats else prompt
+        ids = tokenizer(f"user: {prompt}|" if chats else prompt)["input_ids"]
+        given = len(ids)
+        while len(ids) < given + 6 and (len(ids) == given or ids[-1] not in ends):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        expected.append(tokenizer.decode(ids[given:], skip_special_tokens=True))
+    assert sampler(str(tmp_path / "model"), tmp_path, temperature=1e-6)(prompts) == expected

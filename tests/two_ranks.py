@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from peft import LoraConfig
 
 import fake_vllm
-from test_ppo_trainer import make_trainer, prompts
+from test_ppo_trainer import letter_share, make_trainer, prompts
 from test_vllm import watch_sampler
 
 
@@ -22,6 +22,17 @@ def fixed_completion(prompt_ids):
     generator = torch.Generator().manual_seed(sum(prompt_ids))
     length = int(torch.randint(1, 7, (1,), generator=generator))
     return torch.randint(2, 290, (length,), generator=generator).tolist()
+
+
+def logged_share(prompts, completions, log_metric, **columns):
+    shares = letter_share(prompts, completions)
+    log_metric("logged/share", sum(shares) / len(shares))
+    if os.environ.get("RANK", "0") == "0":
+        log_metric("logged/by_rank_0_alone", 7.0)
+    return shares
+
+
+logged_share.__name__ = "letter_share"
 
 
 def job(path, folder, lora=False, **set):
@@ -44,7 +55,7 @@ def job(path, folder, lora=False, **set):
     }
     if lora:
         settings["peft_config"] = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
-    trainer = make_trainer(path, folder, **(settings | set))
+    trainer = make_trainer(path, folder, logged_share, **(settings | set))
     trainer._generate_single_turn = lambda prompt_ids, *_: ([fixed_completion(ids) for ids in prompt_ids], None)
     return trainer
 

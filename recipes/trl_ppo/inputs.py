@@ -35,7 +35,7 @@ RANGES = {
     "must not be negative": (
         lambda x: x >= 0,
         "learning_rate adam_epsilon weight_decay max_grad_norm kl_coef vf_coef cliprange_value epsilon epsilon_high "
-        "value_warmup_rollouts top_k scratch_layers min_prompt_tokens min_prompt_characters "
+        "value_warmup_rollouts top_k reward_variance_coef scratch_layers min_prompt_tokens min_prompt_characters "
         "dataloader_num_workers",
     ),
     "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "gamma lam lam_value lora_dropout min_p"),

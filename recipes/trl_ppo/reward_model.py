@@ -110,7 +110,7 @@ class RewardModel:
         self.device = torch.device(device) if device is not None else PartialState().device
         self.model.to(self.device).eval().requires_grad_(False)
         config = self.model.config
-        self.label = _label_index(path, config.id2label, label)
+        self.label = label_index(path, config.id2label, label)
         self._pad_token_id = self._set_padding(path, config)
         self._max_length, self._add_eos = _length_limit(max_length, config), add_eos
         if add_eos and self.tokenizer.eos_token_id is None:
@@ -160,7 +160,8 @@ def _length_limit(max_length, config) -> int:
     return min(max_length, positions) if positions and positions > 0 else max_length
 
 
-def _label_index(path, id2label: dict[int, str], label) -> int:
+def label_index(path, id2label: dict[int, str], label) -> int:
+    """The index of the label that `label` names, or of the only one; UserError for none such."""
     known = ", ".join(f"{i}: {id2label[i]}" for i in sorted(id2label))
     if label is None:
         if len(id2label) > 1:

@@ -183,14 +183,14 @@ class PPOTrainer(GRPOTrainer):
 
     def _weighted_scores(self, inputs, prompts, completions, completion_ids):
         """Σ_k w_k·r_k for this rank's completions (B,); a reward function that says None has no say in a sample."""
-        per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)  # over all ranks (N, K)
-        start = self.accelerator.process_index * len(prompts)
-        everyones, per_func = per_func, per_func[start : start + len(prompts)]
+        everyones = self._calculate_rewards(inputs, prompts, completions, completion_ids)  # over all ranks (N, K)
+        per_func = everyones.view(-1, len(prompts), len(self.reward_funcs))[self.accelerator.process_index]
         for name, all_ranks, column in zip(self.reward_func_names, everyones.T, per_func.T, strict=True):
             self._logs["rewards"][name].extend(all_ranks.tolist())
             self._track(f"rewards/{name}", column)
-        silent = per_func.isnan().all(1).nonzero()
-        if len(silent):
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):  # by log_metric, on one rank or on all
+            self._track(name, torch.tensor(self._pending_metrics.pop(name, [math.nan])).mean())
+        if len(silent := per_func.isnan().all(1).nonzero()):
             names = ", ".join(self.reward_func_names)
             raise ScoreError(f"reward_funcs: every one returned None for sample {silent[0].item()} ({names})")
         return (per_func * self.reward_weights.to(per_func.device)).nansum(1)
