@@ -219,6 +219,12 @@ MUTANTS = [
     Mutant("the critic's targets have the policy's lambda",
            "return of_policy, lam if lam_value is None else lam_value", "return of_policy, of_policy", STABILITY),
     Mutant("lambda by length may be negative", "mask.sum(1))).clamp(min=0)", "mask.sum(1)))", FORMULAS),
+    Mutant("a run ends at the KL ceiling with the policy above it", "weight.copy_(self.kept[name])", "pass", STABILITY),
+    Mutant("the KL ceiling keeps a view, not a copy", 'weight.detach().to("cpu", copy=True)', "weight.detach()", STABILITY),
+    Mutant("what the KL ceiling keeps is not in the checkpoint",
+           "trainer.ceiling.kept = load_file(Path(folder) / BELOW_KL)", "pass", STABILITY),
+    Mutant("each rank has a KL ceiling of its own", "self.ceiling.measured(total / n)",
+           "self.ceiling.measured(sequence_kl.mean().item())", RANKS),
     # vLLM as the sampler
     Mutant("the critic is sent to vLLM", 'if not pair[0].startswith("critic.")', "if True", VLLM),
     Mutant("vLLM stops at end tokens of its own", '"ignore_eos": True', '"ignore_eos": False', VLLM),

@@ -8,11 +8,12 @@ from zipfile import BadZipFile, ZipFile
 
 from accelerate.utils import gather_object, is_peft_model
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from .critic import CRITIC, load_critic, save_critic
 from .inputs import UserError
 
-STATE, TRAINER_STATE = "ppo_state.json", "trainer_state.json"
+STATE, TRAINER_STATE, BELOW_KL = "ppo_state.json", "trainer_state.json", "below_kl.safetensors"
 PPO_FILES = (CRITIC, STATE)  # what a checkpoint of PPO holds besides Trainer's files
 
 # Settings that a resumed run cannot change; whose values are the checkpoint's, whatever is given; that do not matter.
@@ -124,6 +125,8 @@ def save_state(trainer, folder, critic):
     save_critic(critic, folder)
     state = {"kl_coef": trainer.kl_coef, "score_sums": trainer.score_sums, "settings": _settings(trainer)}
     (Path(folder) / STATE).write_text(json.dumps(state))
+    if trainer.ceiling is not None and Path(folder).name.startswith("checkpoint-"):  # what ends a run needs no more
+        save_file(trainer.ceiling.kept, Path(folder) / BELOW_KL)
 
 
 def load_state(trainer, folder):
@@ -144,3 +147,5 @@ def load_state(trainer, folder):
     trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]
     if not trainer.is_deepspeed_enabled:  # whose engine loads the critic with the policy
         load_critic(trainer.policy.critic, folder)
+    if trainer.ceiling is not None and (Path(folder) / BELOW_KL).exists():
+        trainer.ceiling.kept = load_file(Path(folder) / BELOW_KL)

@@ -47,7 +47,7 @@ NOT_PPO = {
 
 
 # Settings that need all of the weights, and of the optimiser's state, on every rank.
-WHOLE_WEIGHTS = ("value_warmup_rollouts",)
+WHOLE_WEIGHTS = ("value_warmup_rollouts", "stop_at_kl")
 
 
 def setting(default, help, **metadata):
@@ -80,6 +80,10 @@ class PPOConfig(GRPOConfig):
     )
     kl_target: float | None = setting(None, "Adapt β towards this KL per sequence, in nats; fixed β if not set.")
     kl_horizon: int = setting(10_000, "Episodes over which an adaptive β reacts.")
+    stop_at_kl: float | None = setting(
+        None,
+        "End training at the first rollout whose KL per completion passes this, with the policy of the one before.",
+    )
     stop_epochs_at_kl: float | None = setting(
         None, "Skip the rest of a rollout's epochs once approxkl (new against old policy, per token) passes this."
     )
@@ -130,6 +134,10 @@ class PPOConfig(GRPOConfig):
         local_rollout = self.per_device_train_batch_size * self.steps_per_generation
         if local_rollout < 2:
             raise ValueError("per_device_train_batch_size: a rollout of 1 completion has no variance to whiten; use 2")
+        if self.load_best_model_at_end and self.stop_at_kl is not None:
+            raise ValueError(
+                "stop_at_kl: load_best_model_at_end would put another policy in its place; give one of them"
+            )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "objective/scores"
         self._round_to_rollouts()
