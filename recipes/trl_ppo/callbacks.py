@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from .inputs import UserError
 
@@ -124,6 +126,19 @@ class NameBaseInCard(TrainerCallback):
             card.write_text(text)
 
 
+class SyncReference(SyncRefModelCallback):
+    """TRL's callback, which pairs weights by their order: the policy's own, without its critic's."""
+
+    def __init__(self, trainer):
+        super().__init__(trainer.ref_model, accelerator=None)
+        self.policy = trainer.policy
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called after each optimiser step."""
+        own = [weight for name, weight in self.policy.named_parameters() if not name.startswith("critic.")]
+        super().on_step_end(args, state, control, model=SimpleNamespace(parameters=lambda: own))
+
+
 class StopAtKL(TrainerCallback):
     """Ends training at the first rollout whose KL passes `stop_at_kl`, with the weights of the rollout before it.
 
@@ -144,7 +159,7 @@ class StopAtKL(TrainerCallback):
         if kl <= self.limit:
             self.kept = {name: weight.detach().to("cpu", copy=True) for name, weight in self.trained().items()}
         elif not self.kept:
-            raise UserError(f"stop_at_kl: {self.limit:g} is below {kl:.3g}, the KL of this run's start; raise it")
+            raise UserError(f"stop_at_kl: {self.limit:g} is below {kl:.3g}, the KL that this run starts with")
         else:
             self.passed = kl
 
@@ -159,8 +174,8 @@ class StopAtKL(TrainerCallback):
             rollout = (state.global_step - 1) // args.steps_per_rollout  # counted from 0
             self.trainer.accelerator.print(
                 f"stop_at_kl: training ends: rollout {rollout + 1} has a KL of {self.passed:.3g} nats, above "
-                f"{self.limit:g}; the policy of rollout {rollout}, after step {(rollout - 1) * args.steps_per_rollout}, "
-                "is kept",
+                f"{self.limit:g}; the policy of rollout {rollout}, after step {(rollout - 1) * args.steps_per_rollout}"
+                ", is kept",
                 flush=True,
             )
 
@@ -192,6 +207,9 @@ def add_callbacks(trainer):
         trainer.add_callback(callback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(RolloutProgress)
+    if trainer.args.sync_ref_model:
+        trainer.pop_callback(SyncRefModelCallback)
+        trainer.add_callback(SyncReference(trainer))
     trainer.ceiling = None if trainer.args.stop_at_kl is None else StopAtKL(trainer)
     if trainer.ceiling is not None:
         trainer.add_callback(trainer.ceiling)

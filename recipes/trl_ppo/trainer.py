@@ -24,7 +24,7 @@ from trl.trainer.utils import use_adapter
 
 from . import cpu_folder, formulas
 from .callbacks import RunningMean, StopOnSignal, add_callbacks, now
-from .checkpoints import PPO_FILES, checkpoint_to_resume, load_state, save_state
+from .checkpoints import checkpoint_to_resume, files_beside_the_policy, load_state, save_state
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, critic_weights, drop_policy_gradients, split_group
 from .inputs import ScoreError, UserError, check_lengths
@@ -334,7 +334,7 @@ class PPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Trainer's `train`; `True` (or "true") resumes from the newest whole checkpoint, if there is one."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, PPO_FILES)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, files_beside_the_policy(self.args))
         if checkpoint:
             load_state(self, checkpoint)
             self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
