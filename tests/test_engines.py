@@ -37,8 +37,8 @@ SHARDED = ["fsdp2", "zero2", "zero3"]
 class Settings:
     """What `check_engine` reads of a `PPOConfig`."""
 
-    fsdp_plugin_args = deepspeed_plugin = stop_epochs_at_kl = None
-    value_warmup_rollouts = 0
+    fsdp_plugin_args = deepspeed_plugin = stop_epochs_at_kl = stop_at_kl = critic_path = value_model_path = None
+    value_warmup_rollouts, sync_ref_model = 0, False
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def runs(gpt2_path, tmp_path_factory):
             json.loads((folder / str(ranks) / name / "report.json").read_text()),
         )
         for ranks in launchers
-        for name in ("full", "lora", "stop_epochs", "evaluate", "vllm_colocate", "vllm_server")
+        for name in ("full", "lora", "stop_epochs", "stability", "evaluate", "vllm_colocate", "vllm_server")
     }
 
 
@@ -108,6 +108,20 @@ def test_ranks_stop_the_epochs_of_a_rollout_together_by_the_kl_of_all(runs):
     assert alone["used"][0][:2] == [0, 1]
     assert len(alone["used"][0]) < 8, "both rollouts' four epochs"
     assert together["used"] == alone["used"] * 2
+
+
+def test_ranks_warm_the_critic_up_and_end_at_the_kl_ceiling_together_with_the_weights_below_it(runs):
+    (one, alone), (two, together) = runs[1, "stability"], runs[2, "stability"]
+    assert together["kl"] == pytest.approx(alone["kl"], abs=1e-6)
+    assert alone["kl"][:2] == pytest.approx([0, 0], abs=1e-6)
+    assert 1e-6 < alone["kl"][2] < alone["kl"][3]
+    for rank in alone["of_ranks"] + together["of_ranks"]:
+        assert rank["step"] == 7, "one step into the fourth rollout of two"
+        assert rank["same"] == [False, False, True, False], "the weights at the start of the third rollout"
+        assert rank["moved"]
+        assert all("critic." in name for name in rank["moved"]), "in the first rollout the critic alone moves"
+    ends = torch.load(one / "trained.pt"), torch.load(two / "trained.pt")
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-5) for name in ends[0])
 
 
 def test_samples_that_only_fill_up_the_last_batch_of_an_evaluation_are_not_counted(runs):

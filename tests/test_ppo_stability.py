@@ -1,12 +1,16 @@
 """Settings that keep PPO stable, all off by default: each does what its source says, and nothing else."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from test_ppo_resume import StopAt, assert_same_end, job
 from test_ppo_trainer import give_completions, history, make_trainer, prompts, roll_out
+from trl_ppo import PPOConfig
 from trl_ppo.inputs import UserError
 from two_ranks import fixed_completion
 
@@ -184,3 +188,124 @@ def test_a_critic_of_another_shape_or_with_nan_in_it_is_refused(gpt2_path, tmp_p
     save_file({"weight": torch.full((1, 32), torch.nan), "bias": torch.zeros(1)}, folder / "critic.safetensors")
     with pytest.raises(UserError, match=r"^critic_path: .* weight is NaN or infinite"):
         make_trainer(gpt2_path, tmp_path, critic_path=str(folder))
+
+
+# --- stop_at_kl -----------------------------------------------------------------------------------------------------
+
+
+def watched_run(path, folder, resume=None, **set):
+    """A run, its weights at the start of each rollout, and its KL at each."""
+    trainer, starts, kl = job(path, folder, **({"learning_rate": 1e-2, "logging_steps": 4} | set)), [], []
+    react = trainer._react_to_kl
+
+    def watched(sequence_kl):
+        starts.append(weights(trainer))
+        kl.append(sequence_kl.mean().item())
+        react(sequence_kl)
+
+    trainer._react_to_kl = watched
+    with suppress(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer, starts, kl
+
+
+@pytest.mark.parametrize("variant", ["full", "lora"])
+def test_a_run_ends_at_the_kl_ceiling_with_all_weights_of_the_last_rollout_below_it(
+    gpt2_path, tmp_path, variant, capsys
+):
+    set = LORA | {"learning_rate": 3e-2} if variant == "lora" else {}
+    _, starts, kl = watched_run(gpt2_path, tmp_path / "free", **set)
+    assert len(kl) == 6
+    first = next(i for i in (2, 3, 4, 5) if kl[i] > max(kl[:i]))  # past the ceiling, counted from 0
+    ceiling = (max(kl[:first]) + kl[first]) / 2
+    capsys.readouterr()
+    stopped, _, seen = watched_run(gpt2_path, tmp_path / "stopped", stop_at_kl=ceiling, **set)
+    assert seen == kl[: first + 1]
+    assert stopped.state.global_step == 4 * first + 1
+    for ours, theirs in zip(weights(stopped), starts[first - 1], strict=True):
+        assert all(same(ours, theirs).values())
+    assert not all(same(starts[first][0], starts[first - 1][0]).values())
+    said = f"rollout {first + 1} has a KL of {kl[first]:.3g} nats, above {ceiling:g}; the policy of rollout {first}, "
+    assert said + f"after step {4 * (first - 1)}, is kept\n" in capsys.readouterr().out
+    assert history(stopped, "objective/kl")[-1] == pytest.approx(kl[first], abs=1e-6)
+    stopped.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final" / "below_kl.safetensors").exists()
+
+    watched_run(gpt2_path, tmp_path / "broken", stop_at_kl=ceiling, callbacks=[StopAt(4 * first)], **set)
+    resumed, _, seen = watched_run(gpt2_path, tmp_path / "broken", True, stop_at_kl=ceiling, **set)
+    assert seen == [kl[first]], "it resumes right before the rollout that passes the ceiling"
+    assert_same_end(resumed, stopped)
+
+
+def test_a_run_that_begins_above_the_kl_ceiling_is_one_line(gpt2_path, tmp_path):
+    trainer = make_trainer(gpt2_path, tmp_path, stop_at_kl=0.5)
+    with pytest.raises(UserError, match=r"^stop_at_kl: 0.5 is below 2, the KL that this run starts with"):
+        trainer._react_to_kl(torch.tensor([1.0, 3.0]))
+
+
+def test_a_kl_ceiling_is_refused_next_to_the_best_model():
+    with pytest.raises(ValueError, match=r"^stop_at_kl: load_best_model_at_end would put another policy in its place"):
+        PPOConfig("none", use_cpu=True, bf16=False, stop_at_kl=1.0, load_best_model_at_end=True)
+
+
+# --- sync_ref_model -------------------------------------------------------------------------------------------------
+
+SYNC = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 3}
+
+
+class Mixes(TrainerCallback):
+    """Works out for itself what the reference has to be, and says where it is not."""
+
+    def __init__(self):
+        self.trainer, self.syncs, self.wrong = None, 0, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before = {n: w.detach().clone() for n, w in self.trainer.ref_model.named_parameters()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        policy, is_synced = dict(self.trainer.policy.named_parameters()), state.global_step % 3 == 0
+        self.syncs += is_synced
+        for name, now in self.trainer.ref_model.named_parameters():
+            mix = self.before[name] * 0.75 + policy[name] * 0.25 if is_synced else self.before[name]
+            if not torch.allclose(now, mix, rtol=0, atol=1e-7) or torch.equal(now, self.before[name]) == is_synced:
+                self.wrong += [(state.global_step, name)]
+
+
+@pytest.mark.parametrize("variant", ["value head", "own critic"])
+def test_after_a_sync_the_reference_is_the_mix_tensor_by_tensor(gpt2_path, classifier_path, tmp_path, variant):
+    set = {"value_model_path": classifier_path} if variant == "own critic" else {}
+    trainer, mixes = make_trainer(gpt2_path, tmp_path, max_steps=7, learning_rate=1e-2, **SYNC, **set), Mixes()
+    mixes.trainer = trainer
+    trainer.add_callback(mixes)
+    trainer.train()
+    assert mixes.syncs == 2
+    assert not mixes.wrong
+
+
+def test_a_run_whose_reference_moves_resumes_bit_identical(gpt2_path, tmp_path):
+    set = SYNC | {"num_train_epochs": 2, "learning_rate": 1e-2}
+    whole = job(gpt2_path, tmp_path / "whole", **set)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        job(gpt2_path, tmp_path / "broken", callbacks=[StopAt(10)], **set).train()
+    resumed = job(gpt2_path, tmp_path / "broken", **set)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, whole)
+    assert all(same(*(dict(t.ref_model.named_parameters()) for t in (whole, resumed))).values())
+    with pytest.raises(UserError, match="was made with sync_ref_model: True, not False"):
+        job(gpt2_path, tmp_path / "broken", num_train_epochs=2).train(resume_from_checkpoint=True)
+
+
+def test_a_moving_reference_is_refused_with_lora(gpt2_path, tmp_path):
+    with pytest.raises(UserError, match=r"^sync_ref_model: not with LoRA"):
+        make_trainer(gpt2_path, tmp_path, **SYNC, **LORA)
+
+
+# --- Engines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set", [{"value_warmup_rollouts": 1}, {"stop_at_kl": 1.0}, {"sync_ref_model": True}])
+def test_what_needs_whole_weights_is_refused_under_fsdp(gpt2_path, tmp_path, monkeypatch, set):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=f"^{next(iter(set))}: not under FSDP or DeepSpeed"):
+        make_trainer(gpt2_path, tmp_path, **set)

@@ -103,6 +103,26 @@ def stop_epochs(path, folder):
     trainer.accelerator.wait_for_everyone()
 
 
+def stability(path, folder):
+    """A warm-up of the critic, and a ceiling right below the last rollout's KL: one rank alone is below it."""
+    settings = {"value_warmup_rollouts": 1, "kl_estimator": "k3"}
+    free, starts = job(path, folder / "free", stop_at_kl=1e9, **settings), []
+    react = free._react_to_kl
+    free._react_to_kl = lambda kl: starts.append(trained(free)) or react(kl)
+    free.train()
+    kl = [entry["objective/kl"] for entry in free.state.log_history if "objective/kl" in entry]
+    stopped = job(path, folder / "stopped", stop_at_kl=0.999 * kl[3], **settings)
+    stopped.train()
+    end, moved = trained(stopped), [name for name in starts[0] if not torch.equal(starts[0][name], starts[1][name])]
+    same = [[torch.equal(end[name], start[name]) for name in end] for start in starts]
+    mine = {"step": stopped.state.global_step, "same": [all(each) for each in same], "moved": moved}
+    of_ranks = gather_object([mine])
+    if stopped.accelerator.is_main_process:
+        torch.save(end, folder / "trained.pt")
+        (folder / "report.json").write_text(json.dumps({"kl": kl, "of_ranks": of_ranks}))
+    stopped.accelerator.wait_for_everyone()
+
+
 def evaluate(path, folder):
     """Five held-out prompts, which two ranks in batches of two cannot share out evenly."""
     trainer = job(path, folder, eval_dataset=prompts(5), per_device_eval_batch_size=2)
@@ -154,6 +174,7 @@ if __name__ == "__main__":
     for name, with_lora in (("full", False), ("lora", True)):
         run(model_path, output / name, with_lora)
     stop_epochs(model_path, output / "stop_epochs")
+    stability(model_path, output / "stability")
     evaluate(model_path, output / "evaluate")
     for mode in ("colocate", "server"):
         sample_with_vllm(model_path, output / f"vllm_{mode}", mode)

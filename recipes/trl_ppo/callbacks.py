@@ -8,10 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
+from trl.trainer.callbacks import SyncRefModelCallback
+
+from .inputs import UserError
 
 RESUME = " --resume_from_checkpoint true"
 
@@ -122,6 +126,60 @@ class NameBaseInCard(TrainerCallback):
             card.write_text(text)
 
 
+class SyncReference(SyncRefModelCallback):
+    """TRL's callback, which pairs weights by their order: the policy's own, without its critic's."""
+
+    def __init__(self, trainer):
+        super().__init__(trainer.ref_model, accelerator=None)
+        self.policy = trainer.policy
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called after each optimiser step."""
+        own = [weight for name, weight in self.policy.named_parameters() if not name.startswith("critic.")]
+        super().on_step_end(args, state, control, model=SimpleNamespace(parameters=lambda: own))
+
+
+class StopAtKL(TrainerCallback):
+    """Ends training at the first rollout whose KL passes `stop_at_kl`, with the weights of the rollout before it.
+
+    KL is that of the policy that sampled a rollout, before its updates: `kept` is a copy on the CPU of all trained
+    weights, the critic's too, as they were before the updates of the last rollout below the ceiling.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.limit, self.kept, self.passed = trainer, trainer.args.stop_at_kl, {}, None
+
+    def trained(self):
+        """The weights that training moves, by name."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def measured(self, kl):
+        """Called in each rollout with its KL, nats per completion over all ranks. `UserError` if none was below."""
+        if kl <= self.limit:
+            self.kept = {name: weight.detach().to("cpu", copy=True) for name, weight in self.trained().items()}
+        elif not self.kept:
+            raise UserError(f"stop_at_kl: {self.limit:g} is below {kl:.3g}, the KL that this run starts with")
+        else:
+            self.passed = kl
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called after each optimiser step; that first one past the ceiling is undone with those before it."""
+        if self.passed is not None:
+            for name, weight in self.trained().items():
+                weight.copy_(self.kept[name])
+            control.should_log = control.should_training_stop = True
+            control.should_save = False  # a run that resumes from its last checkpoint stops at the same rollout
+            rollout = (state.global_step - 1) // args.steps_per_rollout  # counted from 0
+            self.trainer.accelerator.print(
+                f"stop_at_kl: training ends: rollout {rollout + 1} has a KL of {self.passed:.3g} nats, above "
+                f"{self.limit:g}; the policy of rollout {rollout}, after step {(rollout - 1) * args.steps_per_rollout}"
+                ", is kept",
+                flush=True,
+            )
+
+
 class RolloutProgress(ProgressCallback):
     """Trainer's progress bar, with a short line a log in place of the forty metrics that the loggers get."""
 
@@ -141,3 +199,17 @@ class RolloutProgress(ProgressCallback):
                 shown = [text.format(logs[prefix + name]) for name, text in self.SHOWN.items() if prefix + name in logs]
                 if shown:
                     self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))
+
+
+def add_callbacks(trainer):
+    """PPO's callbacks, and those that settings ask for."""
+    for callback in (OrderByPass, LogBeforeSave, NameBaseInCard):
+        trainer.add_callback(callback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(RolloutProgress)
+    if trainer.args.sync_ref_model:
+        trainer.pop_callback(SyncRefModelCallback)
+        trainer.add_callback(SyncReference(trainer))
+    trainer.ceiling = None if trainer.args.stop_at_kl is None else StopAtKL(trainer)
+    if trainer.ceiling is not None:
+        trainer.add_callback(trainer.ceiling)

@@ -8,17 +8,25 @@ from zipfile import BadZipFile, ZipFile
 
 from accelerate.utils import gather_object, is_peft_model
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from .critic import CRITIC, load_critic, save_critic
 from .inputs import UserError
 
-STATE, TRAINER_STATE = "ppo_state.json", "trainer_state.json"
+STATE, TRAINER_STATE, BELOW_KL = "ppo_state.json", "trainer_state.json", "below_kl.safetensors"
+REFERENCE = "reference.safetensors"  # where sync_ref_model moves it
 PPO_FILES = (CRITIC, STATE)  # what a checkpoint of PPO holds besides Trainer's files
 
 # Settings that a resumed run cannot change; whose values are the checkpoint's, whatever is given; that do not matter.
 FIXED = ("policy", "adapter", "critic", "optim", "generation_batch_size", "num_mini_batches", "num_iterations")
+FIXED += ("sync_ref_model",)
 THEIRS = ("kl_coef", "learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 UNRELATED = ("output_dir", "resume_", "log", "save_", "eval_", "report_to", "run_name", "disable_tqdm", "hub_", "push_")
+
+
+def files_beside_the_policy(args):
+    """The names of those that a run of PPO with these settings cannot resume without."""
+    return PPO_FILES + (REFERENCE,) * args.sync_ref_model
 
 
 def damage(checkpoint, rank=0, also=()):
@@ -124,6 +132,12 @@ def save_state(trainer, folder, critic):
     save_critic(critic, folder)
     state = {"kl_coef": trainer.kl_coef, "score_sums": trainer.score_sums, "settings": _settings(trainer)}
     (Path(folder) / STATE).write_text(json.dumps(state))
+    if Path(folder).name.startswith("checkpoint-"):  # a run's end needs neither
+        if trainer.ceiling is not None:
+            save_file(trainer.ceiling.kept, Path(folder) / BELOW_KL)
+        if trainer.args.sync_ref_model:
+            reference = trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters()
+            save_file({name: weight.detach().contiguous() for name, weight in reference}, Path(folder) / REFERENCE)
 
 
 def load_state(trainer, folder):
@@ -144,3 +158,8 @@ def load_state(trainer, folder):
     trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]
     if not trainer.is_deepspeed_enabled:  # whose engine loads the critic with the policy
         load_critic(trainer.policy.critic, folder)
+    if trainer.ceiling is not None and (Path(folder) / BELOW_KL).exists():
+        trainer.ceiling.kept = load_file(Path(folder) / BELOW_KL)
+    if trainer.args.sync_ref_model and (Path(folder) / REFERENCE).exists():
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+        reference.load_state_dict(load_file(Path(folder) / REFERENCE), strict=False)  # tied weights are there once

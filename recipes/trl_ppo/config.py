@@ -40,14 +40,13 @@ NOT_PPO = {
         "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
         "PPO here has no entropy term": "entropy_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min "
         "entropy_coef_max entropy_coef_delta entropy_target",
-        "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     }.items()
     for name in names.split()
 }
 
 
 # Settings that need all of the weights, and of the optimiser's state, on every rank.
-WHOLE_WEIGHTS = ("value_warmup_rollouts",)
+WHOLE_WEIGHTS = ("value_warmup_rollouts", "stop_at_kl", "sync_ref_model")
 
 
 def setting(default, help, **metadata):
@@ -80,6 +79,11 @@ class PPOConfig(GRPOConfig):
     )
     kl_target: float | None = setting(None, "Adapt β towards this KL per sequence, in nats; fixed β if not set.")
     kl_horizon: int = setting(10_000, "Episodes over which an adaptive β reacts.")
+    stop_at_kl: float | None = setting(
+        None,
+        "End training at the first rollout whose KL per completion passes this, with the policy of the one before "
+        "(past some KL the true reward falls: arXiv:2210.10760).",
+    )
     stop_epochs_at_kl: float | None = setting(
         None, "Skip the rest of a rollout's epochs once approxkl (new against old policy, per token) passes this."
     )
@@ -113,6 +117,11 @@ class PPOConfig(GRPOConfig):
         "Rollouts at the start whose updates move the critic alone, and leave the policy as it is (VC-PPO, "
         "arXiv:2503.01491); part of `total_episodes`.",
     )
+    sync_ref_model: bool = setting(
+        False,
+        "Move the reference towards the policy every `ref_model_sync_steps` steps: `ref_model_mixup_alpha` of the "
+        "policy, the rest of what it was (arXiv:2404.10719). KL is then that to the moving reference.",
+    )
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
     num_generations_eval: int = setting(1, "One completion for each held-out prompt.")
@@ -130,6 +139,10 @@ class PPOConfig(GRPOConfig):
         local_rollout = self.per_device_train_batch_size * self.steps_per_generation
         if local_rollout < 2:
             raise ValueError("per_device_train_batch_size: a rollout of 1 completion has no variance to whiten; use 2")
+        if self.load_best_model_at_end and self.stop_at_kl is not None:
+            raise ValueError(
+                "stop_at_kl: load_best_model_at_end would put another policy in its place; give one of them"
+            )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "objective/scores"
         self._round_to_rollouts()
@@ -207,6 +220,10 @@ def check_arguments(model, args, train_dataset, others):
         raise UserError(
             "use_vllm: not with load_in_4bit or load_in_8bit; at each rollout TRL merges the adapter into these, "
             "and rounds them anew every time, the reference's too"
+        )
+    if args.sync_ref_model and others.get("peft_config") is not None:
+        raise UserError(
+            "sync_ref_model: not with LoRA, whose reference is the frozen base; set false, or train in full"
         )
     for name in ("tools", "environment_factory"):
         if others.get(name):

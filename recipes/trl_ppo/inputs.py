@@ -38,7 +38,7 @@ RANGES = {
         "value_warmup_rollouts top_k reward_variance_coef scratch_layers min_prompt_tokens min_prompt_characters "
         "dataloader_num_workers",
     ),
-    "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "gamma lam lam_value lora_dropout min_p"),
+    "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "gamma lam lam_value lora_dropout min_p ref_model_mixup_alpha"),
     "must lie in [0, 1)": (lambda x: 0 <= x < 1, "adam_beta1 adam_beta2"),
     "must be above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
     "must lie in [0, 2**32)": (lambda x: 0 <= x < 2**32, "seed data_seed"),

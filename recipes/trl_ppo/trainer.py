@@ -16,15 +16,15 @@ from typing import ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from transformers import GenerationConfig, ProgressCallback, TrainerState
+from transformers import GenerationConfig, TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from . import cpu_folder, formulas
-from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgress, RunningMean, StopOnSignal, now
-from .checkpoints import PPO_FILES, checkpoint_to_resume, load_state, save_state
+from .callbacks import RunningMean, StopOnSignal, add_callbacks, now
+from .checkpoints import checkpoint_to_resume, files_beside_the_policy, load_state, save_state
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, critic_weights, drop_policy_gradients, split_group
 from .inputs import ScoreError, UserError, check_lengths
@@ -60,10 +60,7 @@ class PPOTrainer(GRPOTrainer):
         attach_critic(self.policy, args, self.accelerator.device)
         if args.use_vllm:
             fit_to_ppo(self.vllm_generation, self.eos_token_ids)
-        for callback in (OrderByPass, LogBeforeSave, NameBaseInCard):
-            self.add_callback(callback)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RolloutProgress)
+        add_callbacks(self)
         self.kl_coef, self.score_sums = args.kl_coef, [0.0, 0.0, 0.0]  # sums of 1, score and score², for score_norm
         self._rollout, self._mini_batch_kl, self._skip_epochs = None, 0.0, False  # two for stop_epochs_at_kl
         if (cpu := cpu_folder(self.accelerator.device)) is not None:
@@ -122,9 +119,8 @@ class PPOTrainer(GRPOTrainer):
         self._track("val/explained_variance", formulas.explained_variance(policy.state_values, returns, mask))
         self._track("time/generate", sampled - started)
         self._track("time/score", scored - sampled)
-        # While the policy waits for the critic its KL is 0, which says nothing of β: it would only fall.
-        if self._mode == "train" and self.args.kl_target is not None and not self._warms_up:
-            self._adapt_kl_coef(kl.sum(1))
+        if self._mode == "train":
+            self._react_to_kl(kl.sum(1))
         advantages = formulas.whiten(advantages, mask, reduce=self._sum_over_ranks)
         if self.log_completions:
             self._keep_for_table(prompts, completions, advantages.sum(1) / mask.sum(1))
@@ -208,9 +204,14 @@ class PPOTrainer(GRPOTrainer):
             scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
         return scores
 
-    def _adapt_kl_coef(self, sequence_kl):
+    def _react_to_kl(self, sequence_kl):
+        """What the KL of all ranks' completions decides: whether training ends, and the next β."""
         total, n = self._sum_over_ranks(torch.stack([sequence_kl.sum(), torch.ones_like(sequence_kl).sum()])).tolist()
-        self.kl_coef = formulas.next_kl_coef(self.kl_coef, total / n, self.args.kl_target, self.args.kl_horizon, n)
+        if self.ceiling is not None:
+            self.ceiling.measured(total / n)
+        # While the policy waits for the critic its KL is 0, which says nothing of β: it would only fall.
+        if self.args.kl_target is not None and not self._warms_up:
+            self.kl_coef = formulas.next_kl_coef(self.kl_coef, total / n, self.args.kl_target, self.args.kl_horizon, n)
 
     # -- Update ----------------------------------------------------------------------------------------------
 
@@ -239,11 +240,10 @@ class PPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         """Clipped policy loss + `vf_coef` × clipped value loss, means over the mini-batch's tokens on all ranks."""
-        mask, advantages = inputs["completion_mask"], inputs["advantages"]
+        mask, advantages, old = inputs["completion_mask"], inputs["advantages"], inputs["old_logprobs"]
         new = self._forward(model, inputs)
-        policy_loss, policy_clipped = formulas.clipped_policy_loss(
-            new.logprobs, inputs["old_logprobs"], advantages, self.epsilon_low, self.epsilon_high
-        )
+        clip = self.epsilon_low, self.epsilon_high
+        policy_loss, policy_clipped = formulas.clipped_policy_loss(new.logprobs, old, advantages, *clip)
         value_loss, value_clipped = formulas.clipped_value_loss(
             new.state_values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
@@ -253,7 +253,7 @@ class PPOTrainer(GRPOTrainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; no step was taken")
         with torch.no_grad():
-            log_ratio = new.logprobs - inputs["old_logprobs"]
+            log_ratio = new.logprobs - old
             if self.args.stop_epochs_at_kl is not None:
                 self._mini_batch_kl += (0.5 * log_ratio**2 * mask).sum() / inputs["num_tokens"]
             self._track("policy/approxkl_avg", 0.5 * log_ratio**2, mask)
@@ -334,7 +334,7 @@ class PPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Trainer's `train`; `True` (or "true") resumes from the newest whole checkpoint, if there is one."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, PPO_FILES)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, files_beside_the_policy(self.args))
         if checkpoint:
             load_state(self, checkpoint)
             self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
