@@ -92,6 +92,7 @@ class PPOConfig(GRPOConfig):
     value_learning_rate: float | None = setting(
         None, "Learning rate of the critic's own weights; `learning_rate` if not set."
     )
+    doctor: bool = setting(True, "Say in one line each what looks wrong with the run; changes nothing.")
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
     num_generations_eval: int = setting(1, "One completion for each held-out prompt.")

@@ -27,6 +27,7 @@ from .callbacks import LogBeforeSave, NameBaseInCard, OrderByPass, RolloutProgre
 from .checkpoints import PPO_FILES, checkpoint_to_resume, load_state, save_state
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, critic_weights, load_critic, save_critic, split_group
+from .doctor import Doctor
 from .inputs import ScoreError, UserError, check_lengths
 from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
@@ -60,10 +61,9 @@ class PPOTrainer(GRPOTrainer):
         attach_critic(self.policy, args, self.accelerator.device)
         if args.use_vllm:
             fit_to_ppo(self.vllm_generation, self.eos_token_ids)
-        for callback in (OrderByPass, LogBeforeSave, NameBaseInCard):
+        shown = [RolloutProgress] if self.pop_callback(ProgressCallback) is not None else []
+        for callback in [OrderByPass, LogBeforeSave, NameBaseInCard, *shown] + [Doctor(self)] * args.doctor:
             self.add_callback(callback)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RolloutProgress)
         self.kl_coef, self.score_sums = args.kl_coef, [0.0, 0.0, 0.0]  # sums of 1, score and score², for score_norm
         self._rollout, self._mini_batch_kl, self._skip_epochs = None, 0.0, False  # two for stop_epochs_at_kl
         if (cpu := cpu_folder(self.accelerator.device)) is not None:
