@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from conftest import _save
+from conftest import ROOT, _save
 from test_ppo_trainer import letter_share, make_trainer
 from trl_ppo import PPOConfig, RewardModel
 from trl_ppo.doctor import SAYS, look_at_rollouts
@@ -126,6 +126,7 @@ EOS = 1  # of the tests' tokenizer
 END_FIRST = completions(lambda rollout, row: [*some(rollout, row, 3), *([] if rollout else [EOS])])
 SHORTER = completions(lambda rollout, row: [EOS] if rollout else [*some(rollout, row, 11), EOS])
 FAST = {"num_iterations": 3, "learning_rate": 0.05, "kl_coef": 0.0, "reward_funcs": many_e, "max_completion_length": 24}
+SLOW_TO_HOLD = FAST | {"learning_rate": 0.005, "kl_coef": 0.01, "kl_target": 0.01}
 STALE = {"num_iterations": 3, "learning_rate": 0.03}
 NEVER_ENDS = {"generation_kwargs": {"suppress_tokens": [EOS]}}
 
@@ -142,13 +143,7 @@ FAULTS = {
     "epsilon": ({"clipped"}, 1, {"epsilon": 1e-4, "num_iterations": 8, "learning_rate": 1e-3}, None, {}),
     "learning rate": ({"jump"}, 1, {"learning_rate": 0.3, "num_iterations": 4}, None, {"clipped"}),
     "kl_coef 0": ({"KL", "entropy"}, 6, FAST, None, {"jump", "clipped", "same", "repetition", "limit", "gradient"}),
-    "kl_target": (
-        {"KL target"},
-        4,
-        FAST | {"kl_coef": 0.01, "kl_target": 0.1},
-        None,
-        {"jump", "clipped", "repetition", "limit", "gradient"},
-    ),
+    "kl_target": ({"KL target"}, 4, SLOW_TO_HOLD, None, {"clipped", "gradient", "repetition"}),
     "stale sampler": (
         {"negative KL"},
         4,
@@ -181,6 +176,11 @@ def test_every_diagnosis_is_planted_in_a_run():
     below = {"other end", "blind", "length reward", "still", "no gain"}
     assert below.union(*(fault[0] for fault in FAULTS.values())) == set(SAYS)
     assert len(FAULTS) + len(below) >= 20
+
+
+def test_every_diagnosis_is_explained_in_the_readme():
+    table = (ROOT / "recipes" / "README.md").read_text().split("## The doctor")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == [*SAYS]
 
 
 def test_a_token_that_ends_answers_but_is_no_end_token_here_is_named(gpt2_path, tmp_path, capsys):
@@ -259,7 +259,7 @@ def test_a_healthy_run_is_silent(gpt2_path, classifier_path, tmp_path, capsys, s
 
 
 def test_the_doctor_changes_nothing_and_one_setting_turns_it_off(gpt2_path, classifier_path, tmp_path, capsys):
-    """The same weights, the same log and the same random numbers afterwards, on a run that it has something to say of."""
+    """The same weights, log and next random numbers, on a run that it has something to say of."""
     seen, settings = [], {"max_grad_norm": 1e-4, "score_clip": 1e-3, "missing_eos_penalty": 0.1}
     for doctor in (True, False):
         rewards = [RewardModel(classifier_path, max_length=4), five_and_more]

@@ -50,7 +50,7 @@ def runs(gpt2_path, tmp_path_factory):
             json.loads((folder / str(ranks) / name / "report.json").read_text()),
         )
         for ranks in launchers
-        for name in ("full", "lora", "stop_epochs", "evaluate", "vllm_colocate", "vllm_server")
+        for name in ("full", "lora", "stop_epochs", "evaluate", "doctor", "vllm_colocate", "vllm_server")
     }
 
 
@@ -105,6 +105,11 @@ def test_ranks_stop_the_epochs_of_a_rollout_together_by_the_kl_of_all(runs):
     assert alone["used"][0][:2] == [0, 1]
     assert len(alone["used"][0]) < 8, "both rollouts' four epochs"
     assert together["used"] == alone["used"] * 2
+
+
+def test_on_ranks_the_doctor_says_a_thing_once(runs):
+    assert runs[1, "doctor"][1] == [["constant"]]
+    assert runs[2, "doctor"][1] == [["constant"], []]
 
 
 def test_samples_that_only_fill_up_the_last_batch_of_an_evaluation_are_not_counted(runs):
