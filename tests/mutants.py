@@ -300,7 +300,7 @@ MUTANTS = [
     Mutant("completions that are all cut off are a fault without a penalty too",
            "penalty = args.missing_eos_penalty is not None", "penalty = True", DOCTOR),
     Mutant("a critic is judged by its first rollouts", "count >= 8 and critic < -0.5", "critic < -0.5", DOCTOR),
-    Mutant("negative KL is missed", "kl < -0.2 - 12.5 / n", "kl < -20", DOCTOR),
+    Mutant("negative KL is missed", "kl < -0.2 - 12.5 / n", "kl < -math.inf", DOCTOR),
     Mutant("a length that was at the limit from the start is a fault",
            "cut > 0.98 and cut - cut_first > max(0.1, 5 / n)", "cut > 0.98", DOCTOR),
 ]  # fmt: skip

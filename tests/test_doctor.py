@@ -240,6 +240,12 @@ def test_a_policy_that_moves_and_gains_nothing_is_named_after_twenty_rollouts(tm
     assert found_in(rows, tmp_path) == set()
 
 
+def test_a_kl_that_chance_takes_below_0_is_no_fault_and_the_more_completions_the_less_is_chance(tmp_path):
+    rows = log_of(3, objective__kl=lambda i: -1.0)
+    assert found_in(rows, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=1) == set()
+    assert found_in(rows, tmp_path, per_device_train_batch_size=128, gradient_accumulation_steps=1) == {"negative KL"}
+
+
 # --- Silence --------------------------------------------------------------------------------------------------------
 
 HEALTHY = {
