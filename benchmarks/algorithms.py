@@ -172,9 +172,11 @@ def train(family, name, settings, seed, folder, n_prompts):
     steps = every // rollout * parsed[1].steps_per_rollout
     curve = curve_callback(points, Evaluator(family, n_prompts), steps, every)
     recipe.make_trainer = functools.partial(make_trainer, callbacks=[curve])
-    history = recipe.main(*parsed).state.log_history
+    trainer = recipe.main(*parsed)
     wanted = ("val/explained_variance", "objective/kl", "objective/kl_coef")
-    return points, {key: [round(row[key], 4) for row in history if key in row] for key in wanted}
+    logged = {key: [round(row[key], 4) for row in trainer.state.log_history if key in row] for key in wanted}
+    doctors = [callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ == "Doctor"]
+    return points, logged | {"doctor": sorted(doctors[0].said) if doctors else None}
 
 
 def fine_tune(family, settings, seed, folder, n_prompts, batch=128):

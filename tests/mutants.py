@@ -26,6 +26,7 @@ LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks",
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
 ENGINES, FAULTS, FIDELITY = (f"tests/test_{name}.py" for name in ("engines", "faults", "fidelity"))
 VLLM, BAD_INPUT, GROUPS = (f"tests/test_{name}.py" for name in ("vllm", "bad_input", "group_trainers"))
+DOCTOR = "tests/test_doctor.py"
 
 
 class Mutant(NamedTuple):
@@ -337,6 +338,23 @@ MUTANTS = [
     Mutant("TRL's own price of KL", "        beta=args.kl_coef,\n", "", GROUPS),
     Mutant("PPO's epsilon for AdamW", '**shared | {"adam_epsilon": 1e-8}', "**shared", GROUPS),
     Mutant("half groups are let through", "or args.generation_batch_size % group_size:", "or False:", GROUPS),
+    # The doctor
+    Mutant("the doctor draws a random number",
+           "        if state.is_world_process_zero and state.global_step == 0:",
+           "        if torch.rand(1) < 2 and state.is_world_process_zero and state.global_step == 0:", DOCTOR),
+    Mutant("the doctor repeats itself", "if true and name not in self.said:", "if true:", DOCTOR),
+    Mutant("every rank has its doctor",
+           "if state.is_world_process_zero and state.global_step == 0:", "if state.global_step == 0:", RANKS),
+    Mutant("the doctor cannot be turned off", "if trainer.args.doctor:", "if True:", DOCTOR),
+    Mutant("the doctor finds a plain function blind",
+           "if not isinstance(model, RewardModel) or constant:", "if constant or model is None:", DOCTOR),
+    Mutant("prompts are not swapped", "prompts[i:] + prompts[:i], completions)", "prompts, completions)", DOCTOR),
+    Mutant("completions that are all cut off are a fault without a penalty too",
+           "penalty = args.missing_eos_penalty is not None", "penalty = True", DOCTOR),
+    Mutant("a critic is judged by its first rollouts", "count >= 8 and critic < -0.5", "critic < -0.5", DOCTOR),
+    Mutant("negative KL is missed", "kl < -0.2 - 12.5 / n", "kl < -math.inf", DOCTOR),
+    Mutant("a length that was at the limit from the start is a fault",
+           "cut > 0.98 and cut - cut_first > max(0.1, 5 / n)", "cut > 0.98", DOCTOR),
 ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def runs(gpt2_path, tmp_path_factory):
             json.loads((folder / str(ranks) / name / "report.json").read_text()),
         )
         for ranks in launchers
-        for name in ("full", "lora", "stop_epochs", "stability", "evaluate", "vllm_colocate", "vllm_server")
+        for name in ("full", "lora", "stop_epochs", "stability", "evaluate", "doctor", "vllm_colocate", "vllm_server")
     }
 
 
@@ -122,6 +122,11 @@ def test_ranks_warm_the_critic_up_and_end_at_the_kl_ceiling_together_with_the_we
         assert all("critic." in name for name in rank["moved"]), "in the first rollout the critic alone moves"
     ends = torch.load(one / "trained.pt"), torch.load(two / "trained.pt")
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-5) for name in ends[0])
+
+
+def test_on_ranks_the_doctor_says_a_thing_once(runs):
+    assert runs[1, "doctor"][1] == [["constant"]]
+    assert runs[2, "doctor"][1] == [["constant"], []]
 
 
 def test_samples_that_only_fill_up_the_last_batch_of_an_evaluation_are_not_counted(runs):

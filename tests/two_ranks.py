@@ -3,9 +3,12 @@
 Completions are a function of the prompt alone, so the ranks together see what a single process sees.
 """
 
+import io
 import json
 import os
+import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,17 @@ def evaluate(path, folder):
     trainer.accelerator.wait_for_everyone()
 
 
+def diagnose(path, folder):
+    """Two rollouts without a score: what the doctor says on each rank."""
+    trainer = job(path, folder, num_train_epochs=1, reward_funcs=lambda prompts, completions, **_: [0.0] * len(prompts))
+    with redirect_stdout(io.StringIO()) as printed:
+        trainer.train()
+    said = gather_object([re.findall(r"^doctor \((\w+)\)", printed.getvalue(), re.MULTILINE)])
+    if trainer.accelerator.is_main_process:
+        (folder / "report.json").write_text(json.dumps(said))
+    trainer.accelerator.wait_for_everyone()
+
+
 def sample_with_vllm(path, folder, mode):
     """Three rollouts with LoRA: the sampler's weights, and which prompts a rank's completions belong to."""
     engines = fake_vllm.install(pytest.MonkeyPatch())
@@ -176,5 +190,6 @@ if __name__ == "__main__":
     stop_epochs(model_path, output / "stop_epochs")
     stability(model_path, output / "stability")
     evaluate(model_path, output / "evaluate")
+    diagnose(model_path, output / "doctor")
     for mode in ("colocate", "server"):
         sample_with_vllm(model_path, output / f"vllm_{mode}", mode)

@@ -15,6 +15,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from .doctor import Doctor
 from .inputs import UserError
 
 RESUME = " --resume_from_checkpoint true"
@@ -207,6 +208,8 @@ def add_callbacks(trainer):
         trainer.add_callback(callback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(RolloutProgress)
+    if trainer.args.doctor:
+        trainer.add_callback(Doctor(trainer))
     if trainer.args.sync_ref_model:
         trainer.pop_callback(SyncRefModelCallback)
         trainer.add_callback(SyncReference(trainer))

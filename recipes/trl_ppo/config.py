@@ -122,6 +122,7 @@ class PPOConfig(GRPOConfig):
         "Move the reference towards the policy every `ref_model_sync_steps` steps: `ref_model_mixup_alpha` of the "
         "policy, the rest of what it was (arXiv:2404.10719). KL is then that to the moving reference.",
     )
+    doctor: bool = setting(True, "Say in one line each what looks wrong with the run; changes nothing.")
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
     num_generations_eval: int = setting(1, "One completion for each held-out prompt.")

@@ -49,6 +49,7 @@ def with_finite_scores(reward_func, args=None):
 
     wrapper = later if is_async_callable(reward_func) else at_once
     wrapper.__name__ = wrapper.__qualname__ = name  # TRL logs by it
+    wrapper.__wrapped__ = reward_func
     return wrapper
 
 
