@@ -58,7 +58,7 @@ def job(path, folder, lora=False, **set):
     }
     if lora:
         settings["peft_config"] = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
-    trainer = make_trainer(path, folder, logged_share, **(settings | set))
+    trainer = make_trainer(path, folder, **({"reward_funcs": logged_share} | settings | set))
     trainer._generate_single_turn = lambda prompt_ids, *_: ([fixed_completion(ids) for ids in prompt_ids], None)
     return trainer
 
