@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 	touch $@
 
 test: .venv/.installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Memory as computed by benchmarks/memory.py against what runs take: the cases that `make test` leaves out.
 memory-test: .venv/.installed
