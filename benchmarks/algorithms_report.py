@@ -71,7 +71,10 @@ def row(runs, levels):
         cells.append(text + missing)
     cells.append(spread([points[-1]["seconds"] for points in curves], 0))
     cells.append(f"{max(run['peak_memory_gb'] for run in runs):.2f}")
-    return [*cells, f"{sum(has_failed(points, levels[-1]) for points in curves)} of {len(runs)}"]
+    cells.append(f"{sum(has_failed(points, levels[-1]) for points in curves)} of {len(runs)}")
+    variances = [values for run in runs if (values := run.get("logged", {}).get("val/explained_variance"))]
+    means = [f"{statistics.mean(each):.2f}" for each in list(zip(*variances, strict=False))[:5]]
+    return [*cells, ", ".join(means) or "–"]
 
 
 def best(groups, level):
@@ -87,7 +90,7 @@ def table(groups, levels):
     """A row for each setting of each algorithm."""
     at = [f"at {level:g} nats" for level in levels]
     header = ["algorithm", "settings", "n", *at, "KL at the end"]
-    header += ["seconds to 0.9", "episodes to 0.9", "seconds", "memory, GB", "failed"]
+    header += ["seconds to 0.9", "episodes to 0.9", "seconds", "memory, GB", "failed", "explained variance at first"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
     for name in NAMES:
         for (algorithm, settings), runs in groups.items():

@@ -112,15 +112,17 @@ def test_the_report_gives_each_setting_its_mean_over_seeds_and_what_failed(tmp_p
         made_up("ppo", points((0, 0.5), (8, 0.9), (10, 0.94)), seed=1),
         made_up("grpo", points((0, 0.5), (10, 0.6)), learning_rate=1e-4),
     ]
+    runs[0]["logged"] = {"val/explained_variance": [-2.0, 0.0]}
+    runs[1]["logged"] = {"val/explained_variance": [0.0, 0.5]}
     runs.append(made_up("best_of_n", [{"n": 4, "kl": 0.64, "judge": 0.9, "reward": 1.0, "seconds": 0.01}]))
     for number, run in enumerate(runs):
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
     text = algorithms_report.write(tmp_path, (6.0, 8.0, 10.0))
     ppo = next(line for line in text.splitlines() if line.startswith("| PPO, value head"))
     assert "| the recipe's | 2 | 0.500 ± 0.000 | 0.850 ± 0.071 | 0.930 ± 0.014 | 10.0 ± 0.0 |" in ppo
-    assert "| 10 ± 5 | 960 ± 453 | 13 ± 0 | 1.50 | 0 of 2 |" in ppo
+    assert "| 10 ± 5 | 960 ± 453 | 13 ± 0 | 1.50 | 0 of 2 | -1.00, 0.25 |" in ppo
     assert "| learning_rate 0.0001 | 1 |" in text
-    assert "| – | – | 6 | 1.50 | 1 of 1 |" in text
+    assert "| – | – | 6 | 1.50 | 1 of 1 | – |" in text
     assert "| 4 | 0.64 | 0.900 | 0.010 |" in text
     picture = (tmp_path / "report.svg").read_text()
     assert [picture.count(f"<!-- {name}") for name in ("PPO, value head, n = 2", "GRPO", "best of n", "RLOO")] == [
