@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from eval.overoptimisation import gain, overoptimisation
 from eval.tables import estimate_text, label_of
 
 # Colours that no drawing uses, in place of those that only the page knows.
@@ -81,6 +82,8 @@ def _of_comparison(results: dict) -> Iterator[Picture]:
         yield _score_against_kl(results, name)
     if results["sweep"] or results["best_of_n"]:
         yield _frontier(results)
+    if results["sweep"]:
+        yield _overoptimisation(results)
     if results["training"]:
         yield _training(results["training"])
 
@@ -152,6 +155,33 @@ def _frontier(results: dict) -> Picture:
     what = "the runs" if results["kind"] == "runs" else "the checkpoints" if results["sweep"] else "the tuned model"
     what += " and best-of-n of the base" if results["best_of_n"] else ""
     return _picture(figure, "frontier", f"{label_of(results, reward)} against KL: {what}", "; ".join(places) + ".")
+
+
+def _overoptimisation(results: dict) -> Picture:
+    """The gain of each reward and judge against √KL, a panel each: checkpoints and best-of-n with their fits."""
+    found = overoptimisation(results)
+    figure = Figure(figsize=(min(10.4, 5.2 * len(found)), 3.2))
+    described = []
+    for index, (name, curves) in enumerate(found.items()):
+        axes = figure.add_subplot(1, len(found), index + 1)
+        axes.axhline(0, color=LINE, linewidth=0.5)
+        for kind, label, mark, colour in (("tuned", "checkpoints", "o", TUNED), ("best_of_n", "best-of-n", "s", OTHER)):
+            if curves[kind] is None:
+                continue
+            kl, gains = map(np.array, zip(*curves[kind]["points"], strict=True))
+            kl = kl.clip(min=0)  # an estimate may lie below
+            axes.plot(np.sqrt(kl), gains, mark, color=colour, markersize=4, label=None if index else label)
+            if fitted := curves[kind]["fit"]:
+                fine = np.linspace(1e-3, 1.05 * np.sqrt(kl.max()), 200) ** 2
+                axes.plot(np.sqrt(fine), gain(kind, fitted, fine), "--", color=colour, linewidth=1)
+        best = next(run for run in results["sweep"] if run["name"] == curves["best"])
+        at = best["metrics"]["kl"]["tuned"]["mean"]
+        axes.axvline(np.sqrt(max(at, 0)), color=TUNED, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="√KL to the base, √nats", ylabel="gain over the base", title=label_of(results, name))
+        described.append(f"{name} is highest at {curves['best']}, KL {at:.2f}")
+    _legend(figure)
+    caption = "Gain of each reward and judge against √KL; dashed: the curves of Gao et al. 2023; dotted: the highest"
+    return _picture(figure, "overoptimisation", caption, "; ".join(described) + ".")
 
 
 def _points(axes, kls: list[dict], means: list[dict], names: list[str], mark: str, colour: str, label: str, offset):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from eval.best_of_n import verdict_sentence
+from eval.overoptimisation import overoptimisation
 
 NONE = "–"
 REWARD_LABELS = {
@@ -45,6 +46,11 @@ BEST_OF_NOTE = (
     "Samples of the base, of which {reward} picks one in n; expected over {samples_per_prompt} samples of each of the "
     "first {n_prompts} prompts. Their KL to the base is at most log n − (n−1)/n nats, so the tuned model is compared "
     "where its KL equals that bound, which favours it."
+)
+OVEROPTIMISATION_NOTE = (
+    "Least squares of the gain over the base, with d = √KL: d(α − β log d) for the run's checkpoints, d(α − βd) for "
+    "best-of-n (Gao et al. 2023, arXiv:2210.10760). A peak beyond the checkpoints' own KL is an extrapolation. Where a "
+    "judge is highest before the reward is, the run has over-optimised the reward from there on."
 )
 PAIRS_NOTE = (
     "How each reward orders judged pairs, ties counting half. The rest holds for reward models trained by the "
@@ -90,6 +96,7 @@ def tables(results: dict) -> list[Table]:
         rows = [[run["name"], *_run_cells(results, run["metrics"], "tuned")] for run in results["sweep"]]
         rows.insert(0, ["base", *_run_cells(results, results["metrics"], "base")])
         found.append(Table("Checkpoints", note, ["checkpoint", *_run_header(results)], rows))
+        found.append(overoptimisation_table(results))
     if results["best_of_n"]:
         found.append(best_of_table(results))
     return [*found, *_pairs_tables(results)]
@@ -113,6 +120,22 @@ def runs_table(results: dict) -> Table:
     rows += [[run["name"], *_run_cells(results, run["metrics"], "tuned")] for run in results["runs"]]
     rows.append([f"mean of {len(results['runs'])}", *_run_cells(results, results["over_runs"], "tuned")])
     return Table("Runs", RUNS_NOTE, ["run", *_run_header(results)], rows)
+
+
+def overoptimisation_table(results: dict) -> Table:
+    """A row for each reward and way to optimise it: the best checkpoint, α, β and the peak of the fitted curve."""
+    rows = []
+    for name, curves in overoptimisation(results).items():
+        for kind, label in (("tuned", "PPO"), ("best_of_n", "best-of-n")):
+            if curves[kind] is None:
+                continue
+            fitted = curves[kind]["fit"]
+            best = curves["best"] if kind == "tuned" else NONE
+            cells = [f"{fitted[key]:.3f}" for key in ("alpha", "beta", "rmse")] if fitted else [NONE] * 3
+            top = fitted and fitted["peak_kl"]
+            rows.append([label_of(results, name), label, best, *cells, NONE if top is None else f"{top:.1f}"])
+    header = ["reward", "optimised by", "highest at", "α", "β", "error of the fit", "peak of the fit, nats"]
+    return Table("Over-optimisation", OVEROPTIMISATION_NOTE, header, rows)
 
 
 def best_of_table(results: dict) -> Table:
