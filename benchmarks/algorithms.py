@@ -11,13 +11,15 @@ Every few rollouts the policy continues the same held-out prompts: score by the 
 a judge that training never saw, and KL to where it started. Seconds are those of one thread's CPU time in training,
 without evaluations, so that other work on the machine counts little.
 
-Each run leaves one JSON in `runs/scratch/algorithms`, and one that is there is not made again. A run ends early once
-its KL has passed 20 nats at two evaluations in a row: beyond, no figure of the report is read. `--report` renders
-all of them: `report.md` and `report.svg` next to the JSON files.
+Each run leaves one JSON in `runs/scratch/algorithms`; `--report` adds those to the ones in
+`benchmarks/algorithms/scratch.json` and renders them all as a table and a figure next to it. A run that is in either
+place is not made again, so that a comparison can be spread over days. A run ends early once its KL has passed 20 nats
+at two evaluations in a row: beyond, no figure of the report is read.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import re
@@ -255,6 +257,7 @@ def run(family, name, settings, seed, path, n_prompts):
         "settings": settings,
         "seed": seed,
         "n_prompts": n_prompts,
+        "models": fingerprint(family),
         "points": points,
         "logged": logged,
         "peak_memory_gb": round(memory, 3),
@@ -264,6 +267,15 @@ def run(family, name, settings, seed, path, n_prompts):
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n")
     partial.rename(path)
+
+
+def fingerprint(family):
+    """Of the models that every run of a family starts from: runs with others are not compared with these."""
+    digest = hashlib.sha256()
+    for path in sorted(Path("runs", family).glob("*/model.safetensors")):
+        if path.parent.name in ("sft", "reward", "judge"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def parse_run(text):
@@ -295,11 +307,13 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     os.chdir(ROOT)
+    folder, results = Path("runs") / args.family / "algorithms", Path("benchmarks") / "algorithms"
+    done = algorithms_report.collect(folder, results / f"{args.family}.json")
     for seed in args.seeds:
         for name, settings in args.run:
             path = path_of(args.family, name, settings, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
+            if path.exists() or algorithms_report.key(name, settings, seed) in done:
                 continue
             if args.here:
                 run(args.family, name, settings, seed, path, args.n_prompts)
@@ -309,7 +323,7 @@ def main(argv=None):
             command += ["--n_prompts", str(args.n_prompts), "--here"]
             subprocess.run(command, check=False)  # the next ones do not wait for one that fails
     if args.report:
-        print(algorithms_report.write(Path("runs") / args.family / "algorithms", FAMILIES[args.family][-1]))
+        print(algorithms_report.write(folder, results / args.family, FAMILIES[args.family][-1]))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,33 @@ NAMES = {
 COLOURS = ("tab:blue", "tab:cyan", "tab:orange", "tab:green", "tab:red", "black")
 
 
-def read(folder):
-    """Every run's JSON, ordered by its name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def key(algorithm, settings, seed):
+    """What tells one run from another."""
+    return json.dumps([algorithm, settings, seed], sort_keys=True)
+
+
+def collect(folder, together):
+    """`{key: run}` of the runs in the file `together` and of those in a JSON each in `folder`, in the order of keys.
+
+    SystemExit where they did not all start from the same models.
+    """
+    found = json.loads(together.read_text()) if together.exists() else []
+    found += [short(json.loads(path.read_text())) for path in folder.glob("*.json")]
+    if len(models := {run["models"] for run in found}) > 1:
+        raise SystemExit(f"{folder}, {together}: runs that start from different models: {', '.join(sorted(models))}")
+    return dict(sorted((key(run["algorithm"], run["settings"], run["seed"]), run) for run in found))
+
+
+def short(run):
+    """A run without what no report reads, and with four digits."""
+
+    def rounded(value):
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
+    variances = run["logged"].get("val/explained_variance", [])[:5]
+    logged = {"val/explained_variance": variances, "doctor": run["logged"].get("doctor")}
+    points = [{name: rounded(value) for name, value in point.items()} for point in run["points"]]
+    return run | {"logged": logged, "points": points}
 
 
 def by_setting(runs):
@@ -130,11 +154,19 @@ def draw(groups, levels, path):
     figure.savefig(path)
 
 
-def write(folder, levels):
-    """`report.md` and `report.svg` in `folder`; returns the table."""
-    groups = by_setting(read(folder))
-    text = table(groups, levels)
-    text += "".join("\n" + best_of_n_table(runs[0]) for (name, _), runs in groups.items() if name == "best_of_n")
-    (folder / "report.md").write_text(text)
-    draw(groups, levels, folder / "report.svg")
+def write(folder, name, levels):
+    """`name`.json, .md and .svg of all runs; returns the tables."""
+    runs = list(collect(folder, name.with_suffix(".json")).values())
+    name.parent.mkdir(exist_ok=True)
+    name.with_suffix(".json").write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    text = render(runs, levels)
+    name.with_suffix(".md").write_text(text)
+    draw(by_setting(runs), levels, name.with_suffix(".svg"))
     return text
+
+
+def render(runs, levels):
+    """The tables as Markdown."""
+    groups = by_setting(runs)
+    best_of = [best_of_n_table(group[0]) for (name, _), group in groups.items() if name == "best_of_n"]
+    return "\n".join([table(groups, levels), *best_of])

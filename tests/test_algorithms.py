@@ -103,7 +103,9 @@ def test_a_share_counts_as_reached_within_the_kl_only():
 
 def made_up(name, curve, seed=0, **settings):
     words = {key: str(value) for key, value in settings.items()}
-    return {"algorithm": name, "settings": words, "seed": seed, "points": curve, "peak_memory_gb": 1.5}
+    logged = {"val/explained_variance": [], "doctor": None}
+    run = {"algorithm": name, "settings": words, "seed": seed, "points": curve, "peak_memory_gb": 1.5}
+    return run | {"logged": logged, "models": "abc"}
 
 
 def test_the_report_gives_each_setting_its_mean_over_seeds_and_what_failed(tmp_path):
@@ -117,20 +119,41 @@ def test_the_report_gives_each_setting_its_mean_over_seeds_and_what_failed(tmp_p
     runs.append(made_up("best_of_n", [{"n": 4, "kl": 0.64, "judge": 0.9, "reward": 1.0, "seconds": 0.01}]))
     for number, run in enumerate(runs):
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
-    text = algorithms_report.write(tmp_path, (6.0, 8.0, 10.0))
+    text = algorithms_report.write(tmp_path, tmp_path / "benchmarks" / "made_up", (6.0, 8.0, 10.0))
     ppo = next(line for line in text.splitlines() if line.startswith("| PPO, value head"))
     assert "| the recipe's | 2 | 0.500 ± 0.000 | 0.850 ± 0.071 | 0.930 ± 0.014 | 10.0 ± 0.0 |" in ppo
     assert "| 10 ± 5 | 960 ± 453 | 13 ± 0 | 1.50 | 0 of 2 | -1.00, 0.25 |" in ppo
     assert "| learning_rate 0.0001 | 1 |" in text
     assert "| – | – | 6 | 1.50 | 1 of 1 | – |" in text
     assert "| 4 | 0.64 | 0.900 | 0.010 |" in text
-    picture = (tmp_path / "report.svg").read_text()
+    picture = (tmp_path / "benchmarks" / "made_up.svg").read_text()
     assert [picture.count(f"<!-- {name}") for name in ("PPO, value head, n = 2", "GRPO", "best of n", "RLOO")] == [
         1,
         1,
         1,
         0,
     ]
+
+
+def test_runs_are_kept_together_in_one_file_and_not_made_again(tmp_path, monkeypatch):
+    run = made_up("ppo", points((0, 0.5), (8, 0.123456789)), seed=1, learning_rate=1)
+    (tmp_path / "one.json").write_text(json.dumps(run))
+    (tmp_path / "benchmarks").mkdir()
+    algorithms_report.write(tmp_path, tmp_path / "benchmarks" / "algorithms" / "tiny", (6.0, 8.0, 10.0))
+    (tmp_path / "one.json").unlink()
+    together = tmp_path / "benchmarks" / "algorithms" / "tiny.json"
+    (kept,) = algorithms_report.collect(tmp_path, together).values()
+    assert kept["points"][1]["judge"] == 0.1235
+    monkeypatch.setattr(algorithms, "ROOT", tmp_path)
+    monkeypatch.setattr(algorithms.subprocess, "run", None)
+    algorithms.main(["--family", "tiny", "--run", "ppo:learning_rate=1", "--seeds", "1"])
+
+
+def test_runs_that_start_from_other_models_are_not_put_together(tmp_path):
+    for number, models in enumerate(("abc", "def")):
+        (tmp_path / f"{number}.json").write_text(json.dumps(made_up("ppo", points((0, 0.5))) | {"models": models}))
+    with pytest.raises(SystemExit, match="different models: abc, def"):
+        algorithms_report.collect(tmp_path, tmp_path / "none.json")
 
 
 def test_the_setting_of_most_seeds_stands_for_an_algorithm_and_of_those_the_best():
