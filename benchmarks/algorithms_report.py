@@ -134,7 +134,7 @@ def draw(groups, levels, path):
     """The judge's share against KL: a thin line for each seed of an algorithm's best setting."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    chosen = best(groups, levels[-1])
+    chosen = best(groups, levels[1])
     for (algorithm, name), colour in zip(NAMES.items(), COLOURS, strict=True):
         runs = groups.get((algorithm, chosen.get(algorithm)), [])
         for number, run in enumerate(runs):
@@ -166,7 +166,11 @@ def write(folder, name, levels):
 
 
 def render(runs, levels):
-    """The tables as Markdown."""
+    """The tables as Markdown: each algorithm at its best, every setting, best-of-n."""
     groups = by_setting(runs)
-    best_of = [best_of_n_table(group[0]) for (name, _), group in groups.items() if name == "best_of_n"]
-    return "\n".join([table(groups, levels), *best_of])
+    chosen = best(groups, levels[1])
+    at_best = {(name, settings): group for (name, settings), group in groups.items() if chosen[name] == settings}
+    tables = {"Each algorithm at its best": table(at_best, levels), "Every setting": table(groups, levels)}
+    if picked := [run for run in runs if run["algorithm"] == "best_of_n"]:
+        tables["Best of n"] = best_of_n_table(picked[0])
+    return "\n".join(f"## {title}\n\n{text}" for title, text in tables.items())
