@@ -27,7 +27,7 @@ PROBES = {  # what takes the chosen text's place
 FOOLED = {"half": 0.5, "repetition": 0.1, "shuffled words": 0.1, "an empty text": 0.1, "thanks": 0.1}
 LENGTH, ONLY_LENGTH = 0.7, 0.9  # correlations: length explains half of the variance of the scores' ranks, or 0.8 of it
 UNMOVED = 1e-3  # of the scores' standard deviation: another prompt makes no difference (the doctor's limit as well)
-FEW = 100  # pairs: with fewer the interval of an accuracy is wider than 20 points
+FEW = 100  # pairs: with fewer the interval of an accuracy is about 20 points wide or wider
 
 
 def measure_reward(name: str, reward: Reward, pairs: tuple, batch_size: int, seed: int) -> dict:

@@ -35,7 +35,7 @@ from eval.loading import (
 )
 from eval.pairs import load_pairs
 from eval.probes import PROBES, measure_reward, verdict
-from eval.prompts import check_lengths, load_prompts
+from eval.prompts import check_lengths, fit_prompts, load_prompts
 from eval.provenance import describe_model, describe_origin, describe_rewards
 from eval.report import code, escape, markdown_table, readable, write_atomically
 from eval.scores import load_rewards, parse_rewards, score
@@ -92,6 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--judge", action="append", default=[], metavar="NAME=SPEC", help="a reward that training never saw")
     add("--best_of", type=at_least(2), nargs="+", metavar="N", default=[4, 16], help="sizes (default 4 16)")
     add("--n_prompts", type=at_least(2), default=64, help="the first so many prompts (default 64)")
+    add("--prompt_tokens", type=at_least(1), nargs=2, metavar=("MIN", "MAX"), help="cut prompts at random lengths")
+    add("--max_prompt_tokens", type=at_least(1), help="leave out longer ones of the --n_prompts prompts")
     add("--max_new_tokens", type=at_least(1), default=24)
     add("--temperature", type=positive, default=1.0)
     return parser
@@ -133,7 +135,7 @@ def plan_samples(args) -> tuple:
     config = check_language_model("--base", args.base)
     tokenizer = load_tokenizer(args.base)
     prompts = load_prompts(args.prompts, args.split, "prompt", args.n_prompts)
-    prompts.ids = tokenizer(prompts.texts)["input_ids"]
+    prompts = fit_prompts(prompts, tokenizer, args.prompt_tokens, args.max_prompt_tokens, args.seed)
     check_lengths(prompts, [config], args.max_new_tokens)
     eos = stop_ids([generation_config(args.base, config)], tokenizer)
     return describe_model(args.base, config), tokenizer, prompts.repeat(max(args.best_of)), eos

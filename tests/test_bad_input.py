@@ -560,16 +560,23 @@ BAD_CHECKS = {  # rows of the pairs, options that replace those in order, what i
     "no text": ([{"chosen": 3, "rejected": 4}] * 2, [], "'chosen' of row 0 is 3: not a text"),
     "half of best-of-n": (PAIRS, ["--base", "x"], "give --prompts and --judge too, or none of them"),
     "the judge is the reward": (PAIRS, ["--judge", LETTERS], "the name 'x' is taken"),
+    "cuts the wrong way round": (
+        PAIRS,
+        ["--judge", f"y={__name__}:letters", "--base", "{gpt2}", "--prompts", "{pairs}", "--prompt_tokens", "3", "2"],
+        "--prompt_tokens 3 2: MIN is above MAX",
+    ),
     "a reward that breaks": (PAIRS, ["--reward", f"x={__name__}:breaks_on_nothing"], "'x, an empty text' failed"),
     "an output that is a file": (PAIRS, ["--output", __file__], "is not a folder that can be written to"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CHECKS)
-def test_a_check_of_a_reward_with_bad_input_ends_in_one_line(case, refusal, tmp_path, own_cache, no_weights):
+def test_a_check_of_a_reward_with_bad_input_ends_in_one_line(case, refusal, gpt2_path, tmp_path, own_cache, no_weights):
     rows, options, said = BAD_CHECKS[case]
     write_rows(tmp_path, rows)
-    given = ["--reward", LETTERS, "--pairs", str(tmp_path / "test.jsonl"), "--output", str(tmp_path / "out"), *options]
+    pairs = str(tmp_path / "test.jsonl")
+    options = [option.format(gpt2=gpt2_path, pairs=pairs) for option in options]
+    given = ["--reward", LETTERS, "--pairs", pairs, "--output", str(tmp_path / "out"), *options]
     assert said in refusal(reward_model.main, given)
     assert not (tmp_path / "out").exists()
 
