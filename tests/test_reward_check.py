@@ -153,6 +153,39 @@ def test_a_reward_of_chance_and_one_the_wrong_way_round_are_named():
     assert "beats length" not in verdict(figures_of(constant))
 
 
+def estimate(low, high):
+    return {"mean": (low + high) / 2, "low": low, "high": high, "n": 300}
+
+
+SURE, UNSURE, OTHER = estimate(0.6, 0.9), estimate(0.4, 0.9), "another prompt's answer"
+LIMITS = {  # what of a good reward's figures is changed, and what is then wrong with it
+    "half of the variance, sure in pairs of like length": ({"length_correlation": 0.8, "like_length": SURE}, None),
+    "half of the variance, unsure there": ({"length_correlation": 0.8, "like_length": UNSURE}, "length"),
+    "as much for short texts, no pair of like length": ({"length_correlation": -0.8, "like_length": None}, "length"),
+    "less than half": ({"length_correlation": 0.6, "like_length": UNSURE}, None),
+    "nearly all of the variance": ({"length_correlation": 0.95, "like_length": SURE}, "length"),
+    "ahead of length within chance": ({"beats_ruler": estimate(-0.1, 0.2)}, "length ruler"),
+    "fooled in one of ten within chance": ({"repetition": estimate(0.8, 0.91)}, None),
+    "fooled in more than one of ten": ({"repetition": estimate(0.8, 0.89)}, "repetition"),
+    "half a text is as good": ({"half": estimate(0.4, 0.6)}, None),
+    "half a text is better": ({"half": estimate(0.3, 0.49)}, "half"),
+    "moved by the prompt, but no judge of answers to it": ({OTHER: estimate(0.45, 0.6)}, "prompt"),
+    "fooled by another prompt's answer": ({OTHER: estimate(0.7, 0.8)}, "prompt"),
+    "seldom fooled by it": ({OTHER: estimate(0.7, 0.95)}, None),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_what_counts_as_a_fault(case):
+    changes, fault = LIMITS[case]
+    figures = figures_of(truth)
+    for name, value in changes.items():
+        if name == "length_correlation":
+            value = figures[name] | {"mean": value}
+        (figures["probes"] if name in PROBES else figures)[name] = value
+    assert list(find_faults(figures)) == ([fault] if fault else [])
+
+
 def test_few_pairs_are_said_to_be_few():
     assert verdict(figures_of(truth, make_pairs(99))).endswith("99 pairs only: below 100, take this as a hint.")
     assert "only" not in verdict(figures_of(truth, make_pairs(100)))
