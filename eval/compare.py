@@ -41,7 +41,7 @@ from eval.loading import (
 )
 from eval.metrics import Samples, describe_samples, measure, rouge_scores, summarise_runs
 from eval.pairs import load_pairs, measure_pairs
-from eval.prompts import Prompts, check_lengths, cut_prompts, leave_out_long, load_prompts
+from eval.prompts import Prompts, check_lengths, fit_prompts, load_prompts
 from eval.provenance import (
     describe_hardware,
     describe_model,
@@ -117,8 +117,6 @@ def make_plan(args) -> Plan:
     for folder in [args.output, *(run_folder(args, target.name) for target in targets)]:
         check_output(folder, args.overwrite)
     specs = parse_rewards(args.reward, args.judge)
-    if args.prompt_tokens and args.prompt_tokens[0] > args.prompt_tokens[1]:
-        raise UserError("--prompt_tokens {} {}: MIN is above MAX".format(*args.prompt_tokens))
     configs = {args.base: check_language_model("--base", args.base)}
     option = "--runs" if args.runs else "--sweep" if args.sweep else "--tuned"
     for target in targets:
@@ -128,11 +126,7 @@ def make_plan(args) -> Plan:
     tokenizer = load_tokenizer(args.base)
     for target in targets:
         check_vocabulary(configs[args.base], configs[target.path], tokenizer, target.path)
-    if args.prompt_tokens:
-        prompts.texts = cut_prompts(prompts.texts, tokenizer, *args.prompt_tokens, args.seed)
-    prompts.ids = tokenizer(prompts.texts)["input_ids"]
-    if args.max_prompt_tokens:
-        prompts = leave_out_long(prompts, args.max_prompt_tokens)
+    prompts = fit_prompts(prompts, tokenizer, args.prompt_tokens, args.max_prompt_tokens, args.seed)
     check_lengths(prompts, configs.values(), args.max_new_tokens)
     eos = stop_ids([generation_config(path, config) for path, config in configs.items()], tokenizer)
     sources = {path: describe_model(path, config) for path, config in configs.items()}

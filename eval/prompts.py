@@ -73,6 +73,16 @@ def texts_of(where: str, rows: datasets.Dataset, column: str, messages: bool = F
     return texts
 
 
+def fit_prompts(prompts: Prompts, tokenizer, cut: tuple[int, int] | None, most: int | None, seed: int) -> Prompts:
+    """The prompts with their token ids, cut to a random length of `cut` or left out above `most` where asked."""
+    if cut and cut[0] > cut[1]:
+        raise UserError("--prompt_tokens {} {}: MIN is above MAX".format(*cut))
+    if cut:
+        prompts.texts = cut_prompts(prompts.texts, tokenizer, *cut, seed)
+    prompts.ids = tokenizer(prompts.texts)["input_ids"]
+    return leave_out_long(prompts, most) if most else prompts
+
+
 def cut_prompts(texts: list[str], tokenizer, least: int, most: int, seed: int) -> list[str]:
     """Each text's first k tokens as text, as training draws them with the same seed."""
     return list(map(prompt_cutter(tokenizer, least, most, seed), texts))

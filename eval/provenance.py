@@ -34,20 +34,32 @@ def describe_run(args, argv: list[str], plan, schema_version: int) -> dict:
     prompts |= {"reference_column": args.reference_column, "n": len(plan.prompts.texts)}
     return {
         "schema_version": schema_version,
-        "command": f"python -m eval.compare {shlex.join(argv)}",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": args.seed,
+        **describe_origin("eval.compare", argv, args.seed),
         "settings": {name: getattr(args, name) for name in SETTINGS} | {"dtype": "float32"},
         "prompts": prompts | {"sha256": plan.prompts.sha256()},
         "models": {"base": plan.sources[args.base]},
-        "rewards": {
-            spec.name: describe_source(spec.path or spec.spec) | {"path": spec.spec, "judge": spec.judge}
-            for spec in plan.specs.values()
-        },
+        "rewards": describe_rewards(plan.specs),
         "pairs": None,
+    }
+
+
+def describe_origin(module: str, argv: list[str], seed: int) -> dict:
+    """Command, time, seed, versions, hardware and commit of a result."""
+    return {
+        "command": f"python -m {module} {shlex.join(argv)}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
         "versions": describe_versions(),
         "hardware": describe_hardware(),
         "git_commit": git_commit(),
+    }
+
+
+def describe_rewards(specs: dict) -> dict[str, dict]:
+    """Each reward's path or function with the hash of its weights, and whether it is a judge."""
+    return {
+        name: describe_source(spec.path or spec.spec) | {"path": spec.spec, "judge": spec.judge}
+        for name, spec in specs.items()
     }
 
 

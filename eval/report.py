@@ -53,9 +53,9 @@ def code(text: str) -> str:
 
 def render(results: dict) -> str:
     """The whole report as Markdown."""
-    blocks = [f"# {escape(title_of(results))}", "\n".join(f"- {_readable(text)}" for text in sentences(results))]
+    blocks = [f"# {escape(title_of(results))}", "\n".join(f"- {readable(text)}" for text in sentences(results))]
     for table in tables(results):
-        blocks += [f"## {escape(table.title)}", _markdown_table(table), escape(table.note)]
+        blocks += [f"## {escape(table.title)}", markdown_table(table), escape(table.note)]
     blocks += [
         "## Where this comes from",
         "\n".join(f"- {escape(name)}: {code(fact)}" for name, fact in facts(results).items()),
@@ -123,11 +123,12 @@ def write_report(results_path: Path) -> list[Path]:
     return [results_path.with_name(name) for name in rendered]
 
 
-def _markdown_table(table: Table) -> str:
-    return _lines([[_readable(cell) for cell in row] for row in [table.header, *table.rows]])
+def markdown_table(table: Table) -> str:
+    """The table in Markdown, its cells escaped."""
+    return _lines([[readable(cell) for cell in row] for row in [table.header, *table.rows]])
 
 
-def _readable(text: str) -> str:
+def readable(text: str) -> str:
     """`text` escaped, but for the brackets of intervals, which are inert and would be hard to read in the source."""
     return INTERVAL.sub(r"[\1]", escape(text))
 

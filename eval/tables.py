@@ -170,22 +170,30 @@ def sentences(results: dict) -> list[str]:
 
 def facts(results: dict) -> dict[str, str]:
     """Where the results come from, by name."""
-    prompts, hardware, memory = results["prompts"], results["hardware"], results["peak_memory_bytes"]
+    prompts, memory = results["prompts"], results["peak_memory_bytes"]
     tuned = results["runs"] if results["kind"] == "runs" else [{"name": "tuned", "model": results["models"]["tuned"]}]
-    resumed = f", going on from {results['resumed']} completions" if results["resumed"] else ""
     gpu_memory = f", {memory['gpu'] / 2**20:.0f} MiB of GPU memory" if memory["gpu"] else ""
+    return {
+        **origin(results),
+        "base": source_text(results["models"]["base"]),
+        **{run["name"]: source_text(run["model"]) for run in tuned},
+        **{f"reward {name}": source_text(reward) for name, reward in results["rewards"].items()},
+        "prompts": f"{prompts['source']}, split {prompts['split']}, first {prompts['n']}, sha256 {prompts['sha256']}",
+        "settings": ", ".join(f"{name} {value}" for name, value in results["settings"].items()),
+        "peak memory": f"{memory['process'] / 2**20:.0f} MiB{gpu_memory}",
+    }
+
+
+def origin(results: dict) -> dict[str, str]:
+    """How the results were made, by name."""
+    hardware = results["hardware"]
+    resumed = f", going on from {results['resumed']} completions" if results.get("resumed") else ""
     return {
         "command": results["command"],
         "created": f"{results['created']}, in {results['wall_seconds']:.0f} s{resumed}",
         "commit": results["git_commit"] or "not in git",
-        "base": _source(results["models"]["base"]),
-        **{run["name"]: _source(run["model"]) for run in tuned},
-        **{f"reward {name}": _source(reward) for name, reward in results["rewards"].items()},
-        "prompts": f"{prompts['source']}, split {prompts['split']}, first {prompts['n']}, sha256 {prompts['sha256']}",
-        "settings": ", ".join(f"{name} {value}" for name, value in results["settings"].items()),
         "seed": str(results["seed"]),
         "hardware": f"{hardware['cpu']}, {hardware['threads']} threads, GPU {hardware['gpu'] or 'none'}",
-        "peak memory": f"{memory['process'] / 2**20:.0f} MiB{gpu_memory}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     }
 
@@ -255,7 +263,8 @@ def _reward_sentence(results: dict, name: str, mean: dict) -> str:
     )
 
 
-def _source(source: dict) -> str:
+def source_text(source: dict) -> str:
+    """A model's path, with what identifies its weights."""
     known = [f"{key} {source[key]}" for key in ("sha256", "revision") if source.get(key)]
-    adapter = [f"adapter of {_source(source['adapter_of'])}"] if "adapter_of" in source else []
+    adapter = [f"adapter of {source_text(source['adapter_of'])}"] if "adapter_of" in source else []
     return ", ".join([source["path"], *known, *adapter])

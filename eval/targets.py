@@ -39,13 +39,13 @@ def find_targets(args) -> list[Target]:
     return [Target("-".join(part[-depth:]), path) for part, path in zip(parts, paths, strict=True)]
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, overwrite: bool, name: str = "results.json") -> None:
     """UserError if the results cannot be written to `folder`, or would replace others unasked."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
-    if (folder / "results.json").exists() and not overwrite:
-        raise UserError(f"--output {folder} already has a results.json; give another folder or --overwrite")
+    if (folder / name).exists() and not overwrite:
+        raise UserError(f"--output {folder} already has a {name}; give another folder or --overwrite")
 
 
 def holds_model(folder: Path) -> bool:

@@ -9,12 +9,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, pearsonr, rankdata
 
 from recipe_args import UserError, load_split
+from rewards import word_count
 from trl_ppo.inputs import join
 
 SIDES = ("chosen", "rejected")
+LIKE_LENGTH = 0.1  # of the longer text's words: texts that differ by no more are of like length
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the chance that a margin implies
 
 
@@ -28,12 +30,8 @@ def load_pairs(path, split, config=None, limit=None, key="dataset_name"):
 
 
 def join_prompts(pairs):
-    """Pairs as whole texts or conversations: `chosen` and `rejected`, each after its prompt."""
-    return pairs.map(
-        lambda row: {side: join(row["prompt"], row[side]) for side in SIDES},
-        remove_columns=["prompt"],
-        desc="Joining prompts",
-    )
+    """Pairs as whole texts or conversations: `chosen` and `rejected`, each after its prompt, which stays as well."""
+    return pairs.map(lambda row: {side: join(row["prompt"], row[side]) for side in SIDES}, desc="Joining prompts")
 
 
 def tokenize_pairs(pairs, tokenizer, max_length):
@@ -94,18 +92,55 @@ def calibration(margins):
     ]
 
 
+def against_length(scores, words):
+    """What length alone says of the pairs, and how much of the scores it explains; both are (2, n), chosen first.
+
+    `longer_wins` and `shorter_wins` are the accuracies of taking the longer or the shorter text, `like_length` is the
+    reward model's among pairs of like length (None if there are none), and `length_correlation` is Spearman's between
+    score and words over all 2n texts, with Fisher's interval.
+    """
+    longer = words[0] - words[1]
+    alike = np.abs(longer) <= LIKE_LENGTH * words.max(0)
+    return {
+        "longer_wins": accuracy(longer),
+        "shorter_wins": accuracy(-longer),
+        "like_length": accuracy((scores[0] - scores[1])[alike]) if alike.any() else None,
+        "length_correlation": correlation(np.ravel(scores), np.ravel(words)),
+    }
+
+
+def correlation(x, y):
+    """Spearman's rank correlation and its 95 % interval, as `accuracy` gives them; None where one does not vary."""
+    x, y = rankdata(x), rankdata(y)
+    if not (np.ptp(x) and np.ptp(y)):
+        return {"mean": None, "low": None, "high": None, "n": len(x)}
+    found = pearsonr(x, y)
+    low, high = found.confidence_interval()
+    return {"mean": float(found.statistic), "low": float(low), "high": float(high), "n": len(x)}
+
+
 def report(reward_model, folder, **pairs_of):
     """Print and write how well the saved model orders sets of whole pairs, `report(model, folder, train=…, test=…)`.
 
-    Writes `reward_report.json` (accuracy, mean margin, calibration) and `reward_report.svg` (margins and calibration of
-    the last set) into `folder`, and returns the former.
+    Writes `reward_report.json` (accuracy, mean margin, calibration, and what length has to do with it) and
+    `reward_report.svg` (margins and calibration of the last set) into `folder`, and returns the former.
     """
     results = {}
     for name, pairs in pairs_of.items():
-        margins = np.subtract(*(np.array(reward_model.score(pairs[side])) for side in SIDES))
+        scores = np.array([reward_model.score(pairs[side]) for side in SIDES])
+        margins = scores[0] - scores[1]
+        words = np.array([word_count(pairs[side]) for side in SIDES])
+        if "prompt" in pairs.column_names:
+            words -= word_count(pairs["prompt"])
         results[name] = {"accuracy": accuracy(margins), "mean_margin": float(margins.mean())}
         results[name]["calibration"] = calibration(margins)
-        print("{0} pairwise accuracy {mean:.3f} [{low:.3f}, {high:.3f}], n = {n}".format(name, **accuracy(margins)))
+        results[name] |= against_length(scores, words)
+        print(
+            "{0} pairwise accuracy {mean:.3f} [{low:.3f}, {high:.3f}], n = {n}".format(name, **accuracy(margins))
+            + f"; the longer text wins {results[name]['longer_wins']['mean']:.3f}"
+        )
+    label = f"#{reward_model.label}" if reward_model.model.config.num_labels > 1 else ""
+    print(f"before you trust it: python -m eval.reward_model --reward reward={folder}{label} --pairs … --output …")
     (Path(folder) / "reward_report.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(margins, results[name]["calibration"], Path(folder) / "reward_report.svg")
     return results

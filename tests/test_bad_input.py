@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Trainer
 
-from eval import compare, predict, report
+from eval import compare, predict, report, reward_model
 from recipe_args import one_line_errors
 from test_ppo_trainer import history, make_trainer, roll_out
 from test_recipes import run
@@ -540,6 +540,45 @@ def test_a_reward_that_cannot_be_used_ends_a_comparison(name, said, compared, re
     line = refusal(compare.main, [*compared[0], "--reward", f"x={__name__}:{name}", "--output", str(tmp_path)])
     assert "reward function 'x'" in line
     assert said in line
+
+
+def breaks_on_nothing(prompts, completions, **columns):
+    return [1 / len(completion) for completion in completions]
+
+
+PAIRS = [{"prompt": "a", "chosen": "b c", "rejected": "d"}, {"prompt": "e", "chosen": "f g", "rejected": "h"}]
+LETTERS = f"x={__name__}:letters"
+BAD_CHECKS = {  # rows of the pairs, options that replace those in order, what is said
+    "no name": (PAIRS, ["--reward", "rewards:word_count"], "--reward rewards:word_count: expected NAME="),
+    "no reward": (PAIRS, ["--reward", "x=rewards:none"], "--reward x: cannot import rewards:none"),
+    "no classifier": (PAIRS, ["--reward", "x=runs/no_such"], "--reward x"),
+    "no pairs": (PAIRS, ["--pairs", "runs/no_such"], "--pairs: 'runs/no_such'"),
+    "one pair": (PAIRS[:1], [], "split test has 1 rows; an interval needs at least 2"),
+    "n_pairs": (PAIRS, ["--n_pairs", "1"], "--n_pairs: must be at least 2, not 1"),
+    "no rejected": ([{"chosen": "a"}] * 2, [], "no column rejected"),
+    "an empty text": ([*PAIRS, {"prompt": "a", "chosen": "", "rejected": "b"}], [], "'chosen' of row 2 is not a text"),
+    "no text": ([{"chosen": 3, "rejected": 4}] * 2, [], "'chosen' of row 0 is 3: not a text"),
+    "half of best-of-n": (PAIRS, ["--base", "x"], "give --prompts and --judge too, or none of them"),
+    "the judge is the reward": (PAIRS, ["--judge", LETTERS], "the name 'x' is taken"),
+    "cuts the wrong way round": (
+        PAIRS,
+        ["--judge", f"y={__name__}:letters", "--base", "{gpt2}", "--prompts", "{pairs}", "--prompt_tokens", "3", "2"],
+        "--prompt_tokens 3 2: MIN is above MAX",
+    ),
+    "a reward that breaks": (PAIRS, ["--reward", f"x={__name__}:breaks_on_nothing"], "'x, an empty text' failed"),
+    "an output that is a file": (PAIRS, ["--output", __file__], "is not a folder that can be written to"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKS)
+def test_a_check_of_a_reward_with_bad_input_ends_in_one_line(case, refusal, gpt2_path, tmp_path, own_cache, no_weights):
+    rows, options, said = BAD_CHECKS[case]
+    write_rows(tmp_path, rows)
+    pairs = str(tmp_path / "test.jsonl")
+    options = [option.format(gpt2=gpt2_path, pairs=pairs) for option in options]
+    given = ["--reward", LETTERS, "--pairs", pairs, "--output", str(tmp_path / "out"), *options]
+    assert said in refusal(reward_model.main, given)
+    assert not (tmp_path / "out").exists()
 
 
 BAD_LINES = {

@@ -26,7 +26,8 @@ def test_a_prompt_is_joined_to_both_sides(tmp_path):
     rows = [{"prompt": "Q: why?", "chosen": " because", "rejected": " no", "source": "x"}]
     pairs = preferences.load_pairs(write(tmp_path / "pairs", rows), "train")
     assert pairs[0] == {"prompt": "Q: why?", "chosen": " because", "rejected": " no"}
-    assert preferences.join_prompts(pairs)[0] == {"chosen": "Q: why? because", "rejected": "Q: why? no"}
+    whole = {"chosen": "Q: why? because", "rejected": "Q: why? no"}
+    assert preferences.join_prompts(pairs)[0] == {"prompt": "Q: why?", **whole}
 
 
 def test_conversations_stay_conversations(tmp_path):
@@ -34,14 +35,14 @@ def test_conversations_stay_conversations(tmp_path):
     user, good, bad = ({"role": role, "content": text} for role, text in turns)
     rows = [{"prompt": [user], "chosen": [good], "rejected": [bad]}]
     pairs = preferences.join_prompts(preferences.load_pairs(write(tmp_path / "pairs", rows), "train"))
-    assert pairs[0] == {"chosen": [user, good], "rejected": [user, bad]}
+    assert pairs[0] == {"prompt": [user], "chosen": [user, good], "rejected": [user, bad]}
 
 
 def test_pairs_without_prompts_get_empty_ones_and_are_whole_as_they_are(tmp_path):
     rows = [{"chosen": "a", "rejected": "b"}, {"chosen": "c", "rejected": "d"}]
     pairs = preferences.load_pairs(write(tmp_path / "pairs", rows), "train", limit=1)
     assert pairs[:] == {"prompt": [""], "chosen": ["a"], "rejected": ["b"]}
-    assert preferences.join_prompts(pairs)[:] == {"chosen": ["a"], "rejected": ["b"]}
+    assert preferences.join_prompts(pairs)[:] == {"prompt": [""], "chosen": ["a"], "rejected": ["b"]}
 
 
 def test_a_missing_side_is_named(tmp_path):
@@ -82,6 +83,19 @@ def test_the_report_holds_what_is_printed(classifier_path, tmp_path, capsys):
     assert (tmp_path / "reward_report.svg").read_text().startswith("<?xml")
     scores = [reward_model.score([pairs[i]["chosen"], pairs[i]["rejected"]]) for i in range(2)]
     assert results["test"]["mean_margin"] == pytest.approx(np.mean([a - b for a, b in scores]), abs=1e-6)
+
+
+def test_the_report_says_what_length_alone_would_reach_leaving_the_prompt_out(classifier_path, tmp_path, capsys):
+    prompt = "a long prompt of many words, more than its answers have:"
+    rows = [(" a great film", " awful"), (" good", " bad"), (" it", " the plot was bad")]
+    pairs = Dataset.from_list([{"prompt": prompt, "chosen": prompt + c, "rejected": prompt + r} for c, r in rows])
+    test = preferences.report(RewardModel(classifier_path), tmp_path, test=pairs)["test"]
+    assert test["longer_wins"]["mean"] == test["shorter_wins"]["mean"] == 0.5
+    assert test["like_length"]["n"] == 1, "one word each; with the prompt all three would be alike"
+    assert test["length_correlation"]["n"] == 6
+    printed = capsys.readouterr().out
+    assert "n = 3; the longer text wins 0.500" in printed
+    assert f"python -m eval.reward_model --reward reward={tmp_path} --pairs" in printed
 
 
 def test_the_penalties_grow_with_words_and_with_repetition():
