@@ -124,9 +124,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def json_object(text: str) -> dict:
     """An argparse type: a JSON object."""
-    found = json.loads(text)  # its error is a ValueError, which argparse reports
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
     if not isinstance(found, dict):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as {json.dumps(JUDGE_SETTINGS)}, not {text}")
     return found
 
 

@@ -72,7 +72,7 @@ class AnswerLog:
                 )
             self._end = stream.tell()
             while (line := whole_line(stream.readline())) is not None:
-                if not isinstance(line, dict) or not {"question", "answer"} <= {*line}:
+                if not _is_answer(line):
                     raise UserError(f"{self.path}: {line!r:.60} is no answer of this program; delete the file")
                 self.answers[line.pop("question")] = line
                 self._end = stream.tell()
@@ -93,7 +93,7 @@ class AnswerLog:
             if len(unreadable) > max(3, MOST_UNREADABLE * len(self.answers)):
                 raise UserError(
                     f"{len(unreadable)} of {len(self.answers)} replies of the judge are neither A nor B, such as "
-                    f"{unreadable[-1]['reply']!r}; change --judge_prompt or the judge"
+                    f"{unreadable[-1].get('reply')!r}; change --judge_prompt or the judge"
                 )
 
     def unreadable(self) -> list[dict]:
@@ -105,11 +105,11 @@ class PairwiseJudge:
     """The judge that the options name, checked: a server has answered an easy question. UserError for what is wrong."""
 
     def __init__(self, args):
-        self.path = args.judge_prompt or TEMPLATE
-        self.template = read_template(self.path)
+        self.template = read_template(args.judge_prompt or TEMPLATE)
         server, function = re.match("https?://", args.pairwise_judge), FUNCTION.fullmatch(args.pairwise_judge)
         self.judge = (Server if server else Function if function else LanguageModel)(args, self.template)
-        self.prompt = {"path": str(self.path), "sha256": hashlib.sha256(self.template.encode()).hexdigest()}
+        path = str(args.judge_prompt or TEMPLATE.name)
+        self.prompt = {"path": path, "sha256": hashlib.sha256(self.template.encode()).hexdigest()}
         fingerprint = {"judge": self.judge.source, "prompt": self.prompt["sha256"]}
         self.log = AnswerLog(args.output / "answers.jsonl", fingerprint, args.overwrite)
         if server and _key(PROBE) not in self.log.answers:
@@ -167,7 +167,7 @@ class PairwiseJudge:
             "questions": len(answers),
             **{name: sum(answer.get(name, 0) for answer in answers) for name in (*TOKENS, "retries")},
             "unreadable": len(unreadable),
-            "unreadable_example": unreadable[0]["reply"] if unreadable else None,
+            "unreadable_example": unreadable[0].get("reply") if unreadable else None,
         }
 
 
@@ -207,5 +207,11 @@ def _flip_rate(flips: list[bool | None], seed: int) -> dict:
     return interval(known, seed=seed)
 
 
+def _is_answer(line) -> bool:
+    known = isinstance(line, dict) and isinstance(line.get("question"), str) and isinstance(line.get("reply", ""), str)
+    return known and line.get("answer", 0) in ("A", "B", "tie", None)
+
+
 def _key(question: Question) -> str:
-    return hashlib.sha256(json.dumps(question).encode()).hexdigest()
+    """A hash of the question as it is asked: without white space around its texts."""
+    return hashlib.sha256(json.dumps([text.strip() for text in question]).encode()).hexdigest()

@@ -26,9 +26,13 @@ METRIC_LABELS = {
     "rougeL": "ROUGE-L against the reference",
 }
 JUDGED_LABELS = {
-    f"judged_{other}{key}": f"pairwise judge, against the {other}: {label}"
+    f"judged_{other}{key}": label.format(other)
     for other in ("base", "reference")
-    for key, label in {"": "win rate", "_lc": "win rate at equal length", "_flips": "flip rate"}.items()
+    for key, label in {
+        "": "pairwise win rate over {}",
+        "_lc": "pairwise win rate over {}, equal length",
+        "_flips": "flip rate against {}",
+    }.items()
 }
 PAIR_LABELS = {
     "accuracy": "accuracy",
@@ -215,7 +219,7 @@ def _row(label: str, metric: dict) -> tuple[str, str, str, str, str]:
 def _run_header(results: dict) -> list[str]:
     rewards = [label_of(results, name) for name in results["rewards"]]
     columns = [f"{name}: {what}" for name in rewards for what in ("mean", "win rate")]
-    judged = ["pairwise judge: win rate"] if results.get("pairwise") else []
+    judged = ["pairwise win rate over base"] if results.get("pairwise") else []
     return [*columns, *judged, "KL, nats", "length, tokens", "distinct trigrams"]
 
 

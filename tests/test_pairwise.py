@@ -178,6 +178,7 @@ def test_equal_texts_are_a_tie_without_a_question_and_equal_questions_are_asked_
     server = serve(a_wins)
     verdicts = PairwiseJudge(options(server.spec)).compare(["p"] * 6, ["a", "b", "b"] * 2, ["a", "c", "c"] * 2, "t")
     assert verdicts.flips == [None, True, True] * 2
+    assert PairwiseJudge(options(server.spec)).compare(["p "], [" b"], ["c\n"], "t").flips == [True]
     assert sum(server.asked.values()) == 1 + 2
 
 
@@ -486,7 +487,7 @@ def test_a_comparison_reports_win_rates_against_the_base_and_the_references(serv
     difference = np.subtract(*(metrics["judged_reference"][role]["mean"] for role in ("tuned", "base")))
     assert metrics["judged_reference"]["difference"]["mean"] == pytest.approx(difference)
     assert results["pairwise"]["questions"] == sum(server.asked.values())
-    rows = ["pairwise judge, against the reference: win rate at equal length", "pairwise judge, against the base: flip"]
+    rows = ["pairwise win rate over reference, equal length", "flip rate against base"]
     for text in ((tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()):
         assert all(row in text for row in [*rows, "A pairwise judge, asked in both orders", "judge-model"])
     assert rows[1] in " ".join(capsys.readouterr().out.split())
@@ -499,7 +500,7 @@ def test_several_runs_have_the_judges_win_rate_in_their_table(run, tmp_path, gpt
     rates = [each["metrics"]["judged_base"]["tuned"]["mean"] for each in results["runs"]]
     assert rates[1] == 0.5  # the base against itself
     assert results["over_runs"]["judged_base"]["tuned"]["mean"] == pytest.approx(np.mean(rates))
-    assert "pairwise judge: win rate" in (tmp_path / "out" / "report.md").read_text()
+    assert "pairwise win rate over base" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_an_interrupted_comparison_goes_on_and_asks_no_question_again(serve, run, tmp_path, monkeypatch):
