@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -226,16 +227,16 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(serve, options):
 
     judge = PairwiseJudge(options(serve(limited).spec, judge_concurrency=1))
     assert judge.compare(["p"], ["a"], ["b"], "t").wins == [0.5]
-    assert 0.9 < times[2] - times[1] < 3
+    assert times[2] - times[1] > 0.9
     assert judge.describe()["retries"] == 1
 
 
 def test_a_server_that_is_slow_once_is_asked_again_and_one_that_is_always_is_an_error(serve, options):
     def slow(a, b, number):
-        time.sleep(0.6 if number == 2 or a == "snail" else 0)
+        time.sleep(0.8 if number == 2 or a == "snail" else 0)
         return "A"
 
-    judge = PairwiseJudge(options(serve(slow).spec, judge_timeout=0.2))
+    judge = PairwiseJudge(options(serve(slow).spec, judge_timeout=0.3))
     assert judge.compare(["p"], ["a"], ["b"], "t").flips == [True]
     with pytest.raises(UserError, match=r"no answer: .*[Tt]imed? ?out.*goes on from 4 answers"):
         judge.compare(["p"], ["snail"], ["b"], "t")
@@ -322,11 +323,12 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def test_a_dead_server_is_an_error_at_once(options):
+def test_a_dead_server_is_an_error_at_once(options, monkeypatch):
+    monkeypatch.setattr(judges, "BACKOFF", 5)  # seconds: it is not asked again and again
     started = time.monotonic()
     with pytest.raises(UserError, match=r"no answer: .*refused"):
         PairwiseJudge(options(f"http://127.0.0.1:{free_port()}/v1#model"))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
 
 
 # --- The key --------------------------------------------------------------------------------------------------------
@@ -359,18 +361,25 @@ def test_a_key_in_the_url_is_refused_and_not_repeated(url, options):
 # --- Other judges ---------------------------------------------------------------------------------------------------
 
 
-def test_a_language_model_gives_the_letter_that_it_finds_likelier(gpt2_path, options, tmp_path):
-    judge = PairwiseJudge(options(gpt2_path, batch_size=3))
-    rows = [("the", "film", "plot"), ("a movie so", "good and good", "b"), ("the cast", "was", "not"), ("x", "y", "z")]
+CHAT = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_a_language_model_gives_the_letter_that_it_finds_likelier(template, gpt2_path, options, tmp_path):
+    path, tokenizer = shutil.copytree(gpt2_path, tmp_path / "judge"), load_tokenizer(gpt2_path)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
+    judge = PairwiseJudge(options(str(path), batch_size=3))
+    rows = [("the", "film", "plot"), ("a movie so", "good", "b"), ("the cast", "was", "not"), ("x", "y", "z")]
     answers = judge._ask(rows, "t")
-    model, tokenizer = load_model(gpt2_path), load_tokenizer(gpt2_path)
-    a, b = (tokenizer(f" {letter}")["input_ids"] for letter in "AB")
-    assert a[:-1] == b[:-1]
+    model, space = load_model(gpt2_path), [] if template else tokenizer(" ")["input_ids"]
+    [a], [b] = (tokenizer(letter)["input_ids"] for letter in "AB")
     for row, answer in zip(rows, answers, strict=True):
-        ids = tokenizer(judges.fill(TEMPLATE, row))["input_ids"] + a[:-1]
+        text = judges.fill(TEMPLATE, row)
+        ids = tokenizer(f"[{text}]:" if template else text)["input_ids"] + space
         logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
-        assert answer == ("A" if logits[a[-1]] > logits[b[-1]] else "B")
-    again = PairwiseJudge(options(gpt2_path, batch_size=3))
+        assert answer == ("A" if logits[a] > logits[b] else "B")
+    again = PairwiseJudge(options(str(path), batch_size=3))
     again.judge.answer = lambda questions: pytest.fail("asked again")
     assert again._ask(rows, "t") == answers
 
