@@ -427,7 +427,7 @@ def test_500_prompts_in_2_orders_killed_half_way_and_resumed_ask_nothing_twice(s
 
     server.behave = stalls_half_way
     server.asked.clear()
-    process = multiprocessing.get_context("fork").Process(target=judge_500, args=[options(server.spec)])
+    process = multiprocessing.get_context("fork").Process(target=judge_500, args=[options(server.spec)], daemon=True)
     process.start()
     answers, deadline = tmp_path / "out" / "answers.jsonl", time.monotonic() + 60
     while not answers.exists() or answers.read_bytes().count(b"\n") < 501:  # the first line is the fingerprint
