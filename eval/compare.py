@@ -8,7 +8,7 @@ length, repetition, perplexity, ROUGE where there are references, each with n an
 
 `--runs` compares several tuned models with the base and puts them in one table, mean ± over runs; `--sweep` does so
 with the checkpoints of one run; `--best_of` adds best-of-n of the base; `--pairs` measures how well the rewards order
-judged pairs. eval/README.md explains each figure.
+judged pairs; `--pairwise_judge` asks a model which completion is better. eval/README.md explains each figure.
 
 A reward is `NAME=module:function` (TRL's signature, `f(prompts, completions, **columns) -> list[float]`) or
 `NAME=classifier`, a sequence classifier's folder or Hub id, with `#LABEL` to choose one of its labels. A judge is a
@@ -41,6 +41,7 @@ from eval.loading import (
 )
 from eval.metrics import Samples, describe_samples, measure, rouge_scores, summarise_runs
 from eval.pairs import load_pairs, measure_pairs
+from eval.pairwise import PairwiseJudge, Verdicts
 from eval.prompts import Prompts, check_lengths, fit_prompts, load_prompts
 from eval.provenance import (
     describe_hardware,
@@ -58,6 +59,8 @@ from trl_ppo import cpu_folder
 from trl_ppo.inputs import UserError
 from trl_ppo.logprobs import add_logprobs_forward
 
+JUDGE_SETTINGS = {"temperature": 0, "max_tokens": 512}
+
 
 @dataclass
 class Plan:
@@ -74,6 +77,7 @@ class Plan:
     sources: dict[str, dict]  # by path: the models' hashes
     few: Prompts | None  # the prompts of best-of-n, each N times
     logs: dict[str, CompletionLog]  # "base", "best_of", and "tuned/…" by the target's name
+    judge: PairwiseJudge | None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,9 +107,30 @@ def make_parser() -> argparse.ArgumentParser:
     add("--best_of_prompts", type=at_least(2), default=64, help="the first so many prompts for it (default 64)")
     add("--pairs", metavar="DATA", help="judged pairs (chosen, rejected, perhaps prompt): how well rewards order them")
     add("--n_pairs", type=at_least(2), default=1000, help="the first so many pairs (default 1000)")
+    add(
+        "--pairwise_judge",
+        metavar="JUDGE",
+        help="says which completion is better: URL#MODEL, causal LM, module:function",
+    )
+    add("--judge_prompt", type=Path, metavar="FILE", help="its prompt, with {prompt}, {a} and {b} (default: for TL;DR)")
+    add("--judge_concurrency", type=at_least(1), default=8, help="questions to a server at a time (default 8)")
+    add("--judge_timeout", type=positive, default=120.0, help="seconds that a server's reply may take (default 120)")
+    add("--judge_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with a server's key")
+    add("--judge_settings", type=json_object, default=JUDGE_SETTINGS, help="JSON that a server gets with each question")
     add("--n_samples", type=at_least(0), default=5, help="samples shown in report.md (default 5)")
     add("--overwrite", action="store_true", help="replace the results already in --output")
     return parser
+
+
+def json_object(text: str) -> dict:
+    """An argparse type: a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as {json.dumps(JUDGE_SETTINGS)}, not {text}")
+    return found
 
 
 # --- Before a model loads ---------------------------------------------------------------------------------------
@@ -139,11 +164,15 @@ def make_plan(args) -> Plan:
             for each in targets
         },
     }
+    if args.judge_prompt and not args.pairwise_judge:
+        raise UserError("--judge_prompt: there is no --pairwise_judge to ask")
     size = configs[args.base].get_text_config().vocab_size
     for log in logs.values():
         if any(max(ids) >= size for ids in log.ids.values()):
             raise UserError(f"{log.path}: holds token ids that the models of {size} tokens have not; delete the file")
-    return Plan(targets, configs, specs, load_rewards(specs), prompts, tokenizer, eos, pairs, sources, few, logs)
+    judge = PairwiseJudge(args) if args.pairwise_judge else None
+    rewards = load_rewards(specs)
+    return Plan(targets, configs, specs, rewards, prompts, tokenizer, eos, pairs, sources, few, logs, judge)
 
 
 def completion_log(args, name: str, source: dict, prompts: Prompts, eos: list[int]) -> CompletionLog:
@@ -173,6 +202,7 @@ def compare(args, argv: list[str]) -> dict[Path, dict]:
     base_model = load_with_logprobs(args.base, args.temperature)
     base = draw(base_model, plan, args, "base", plan.logs["base"])
     base.base_logprobs = total_logprobs(base_model, plan, base, args, "base")
+    base.judged = judge_samples(plan, base, {"reference": plan.prompts.references}, "base")
     picks = draw_best_of(base_model, plan, args) if args.best_of else None
 
     # 2. Each tuned model, and its results.
@@ -182,6 +212,8 @@ def compare(args, argv: list[str]) -> dict[Path, dict]:
     described, results = [], {}
     for target in plan.targets:
         tuned = draw_tuned(base_model, plan, target, args)
+        others = {"base": base.texts, "reference": plan.prompts.references}
+        tuned.judged = judge_samples(plan, tuned, others, target.name)
         metrics = measure({"base": base, "tuned": tuned}, args.seed)
         described.append({"name": target.name, "step": target.step, "model": plan.sources[target.path]})
         described[-1]["metrics"] = metrics
@@ -201,6 +233,7 @@ def compare(args, argv: list[str]) -> dict[Path, dict]:
         together = {"kind": "runs", "runs": described, "over_runs": summarise_runs(described)}
         results[args.output] = run | together | {"best_of_n": best_of_n(picks, None, plan, args) if picks else None}
     cost = {"wall_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
+    cost["pairwise"] = plan.judge.describe() if plan.judge else None
     cost["resumed"] = sum(log.resumed for log in plan.logs.values())
     return {folder: result | cost for folder, result in results.items()}
 
@@ -247,6 +280,18 @@ def total_logprobs(model, plan: Plan, samples: Samples, args, title: str) -> lis
     return sequence_logprobs(model, plan.prompts.ids, samples.ids, pad_id, args, title).tolist()
 
 
+def judge_samples(plan: Plan, samples: Samples, others: dict[str, list[str] | None], title: str) -> dict[str, Verdicts]:
+    """The pairwise judge's verdicts on the samples against each other set of texts; none without a judge."""
+    if plan.judge is None:
+        return {}
+    judge, prompts = plan.judge, plan.prompts.texts
+    return {
+        name: judge.compare(prompts, samples.texts, texts, f"{title} against {name}")
+        for name, texts in others.items()
+        if texts is not None
+    }
+
+
 def draw_best_of(model, plan: Plan, args) -> dict[str, np.ndarray]:
     """Every reward's scores (prompts, N) of N samples of the base for each of the first prompts."""
     few = plan.few
@@ -286,7 +331,7 @@ def main(argv: list[str] | None = None) -> dict:
     except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, "\neval.compare: interrupted; the same command goes on from the completions already written\n")
+        parser.exit(130, "\neval.compare: interrupted; the same command goes on from what is already written\n")
     for folder, result in results.items():
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(folder / "results.json", text)

@@ -35,19 +35,19 @@ class CompletionLog:
         if not self.path.is_file():
             raise UserError(f"{self.path} is no file; give another --output")
         with self.path.open("rb") as stream:
-            theirs = _whole_line(stream.readline())
+            theirs = whole_line(stream.readline())
             if theirs is not None and theirs != self.fingerprint:
                 if overwrite:
                     return
                 raise UserError(
-                    f"{self.path} holds completions made with another {_difference(theirs, self.fingerprint)}; give "
+                    f"{self.path} holds completions made with another {difference(theirs, self.fingerprint)}; give "
                     "another --output, or --overwrite to replace them"
                 )
             if theirs is None:
                 return
             self._end = stream.tell()
             batch: dict[int, list[int]] = {}
-            while (line := _whole_line(stream.readline())) is not None:
+            while (line := whole_line(stream.readline())) is not None:
                 if not _is_sample(line):
                     raise UserError(f"{self.path}: {line!r:.60} is no sample of this program; delete the file")
                 batch[line["index"]] = line["ids"]
@@ -73,7 +73,7 @@ class CompletionLog:
         self.ids |= dict(zip(indices, ids, strict=True))
 
 
-def _whole_line(line: bytes) -> dict | None:
+def whole_line(line: bytes) -> dict | None:
     """The line's JSON, None if it is torn or the file is at its end."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
@@ -86,7 +86,7 @@ def _is_sample(line) -> bool:
     return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= 0 for i in ids)
 
 
-def _difference(theirs: dict, ours: dict) -> str:
+def difference(theirs: dict, ours: dict) -> str:
     """The first setting in which two fingerprints differ, with both values."""
     theirs = theirs if isinstance(theirs, dict) else {}
     name = next(name for name in [*ours, *theirs] if theirs.get(name) != ours.get(name))

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
+from scipy.special import expit
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 2000
+NEWTON_STEPS = 30  # of at most 1 each, in log-odds: e^−30 is a share of 0
 RESAMPLED_VALUES = 4_000_000  # values drawn at a time: bounds the memory of a bootstrap whatever n is
 
 Statistic = Callable[..., np.ndarray]  # np.mean, np.median: takes an array and `axis`
@@ -74,6 +76,36 @@ def compare_perplexities(base: tuple[np.ndarray, np.ndarray], tuned: tuple[np.nd
         "tuned": _bootstrap_of_sums(tuned, perplexity, seed),
         "difference": _bootstrap_of_sums((*base, *tuned), difference, seed),
     }
+
+
+def length_controlled(wins: Sequence[float], longer: Sequence[float], seed: int = 0) -> dict:
+    """The win rate at equal length, of `wins` (n,), each 1, ½ or 0, and how much longer (n,) the winner-to-be is.
+
+    σ(α) of the logistic regression of a win on tanh(d / sd(d)), d being `longer`: the length-controlled win rate of
+    AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475) without its term for the difficulty of each prompt. The slope
+    has a standard normal prior, since a judge that goes by length alone has no finite one. None where all d are equal.
+    """
+    wins, longer = _checked(wins), _checked(longer)
+    if not np.ptp(longer):
+        return {"mean": None, "low": None, "high": None, "n": len(wins)}
+    x = np.tanh(longer / np.std(longer))
+    return _bootstrap((wins, x), _win_rate_at_0, float(_win_rate_at_0(wins, x)), seed)
+
+
+def _win_rate_at_0(wins: np.ndarray, x: np.ndarray, axis: int = -1) -> np.ndarray:
+    """σ(α) at the most likely α + βx, β ~ N(0, 1), by Newton's method along the last axis; an α of ±∞ is cut off."""
+    alpha, beta = np.zeros((2, *wins.shape[:-1]))
+    for _ in range(NEWTON_STEPS):
+        chance = expit(alpha[..., None] + beta[..., None] * x)
+        weight, error = chance * (1 - chance), wins - chance
+        by_alpha, by_beta = error.sum(-1), (error * x).sum(-1) - beta
+        aa, ab, bb = weight.sum(-1), (weight * x).sum(-1), (weight * x * x).sum(-1) + 1
+        steps = np.array([bb * by_alpha - ab * by_beta, aa * by_beta - ab * by_alpha]) / (aa * bb - ab * ab)
+        steps = np.clip(steps, -1, 1)  # far from the solution Newton's own step can be far too long
+        alpha, beta = alpha + steps[0], beta + steps[1]
+        if np.abs(steps).max() < 1e-9:
+            break
+    return expit(alpha)
 
 
 def over_runs(values: Sequence[float]) -> dict:

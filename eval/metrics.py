@@ -14,6 +14,7 @@ from eval.intervals import (
     ratio,
     win_rate,
 )
+from eval.pairwise import Verdicts, measure_verdicts
 from eval.prompts import Prompts
 from rewards import repeated_trigrams
 
@@ -27,7 +28,7 @@ class Samples:
     """One model's completions, one for each prompt: token ids, text, whether they ended in EOS, and what was measured.
 
     `base_logprobs` (n,) are the base's, in nats per sequence, and so is `kl` (n,), log π_tuned − log π_base; `rouge`
-    holds F-measures (n,) by ROUGE type where the data has references.
+    holds F-measures (n,) by ROUGE type where the data has references, `judged` a pairwise judge's verdicts by opponent.
     """
 
     ids: list[list[int]]
@@ -37,6 +38,7 @@ class Samples:
     base_logprobs: list[float] = field(default_factory=list)
     kl: list[float] | None = None
     rouge: dict[str, list[float]] | None = None
+    judged: dict[str, Verdicts] = field(default_factory=dict)
 
     def tokens(self) -> np.ndarray:
         """The completions' lengths in tokens (n,), EOS included."""
@@ -69,6 +71,7 @@ def measure(samples: dict[str, Samples], seed: int) -> dict:
         "self_repetition": compare(lambda side: [repeated_trigrams(text) for text in side.texts]),
         "perplexity": compare_perplexities(*((side.base_logprobs, side.tokens()) for side in (base, tuned)), seed),
         **{name: compare(lambda side, name=name: side.rouge[name]) for name in base.rouge or {}},
+        **measure_verdicts(base.judged, tuned.judged, seed),
     }
 
 
@@ -120,6 +123,8 @@ def describe_samples(prompts: Prompts, samples: dict[str, Samples]) -> list[dict
         }
         if samples.rouge is not None:
             described["rouge"] = {name: values[index] for name, values in samples.rouge.items()}
+        if samples.judged:
+            described["judged"] = {other: verdicts.wins[index] for other, verdicts in samples.judged.items()}
         return described
 
     return [

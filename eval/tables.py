@@ -26,6 +26,15 @@ METRIC_LABELS = {
     "rouge2": "ROUGE-2 against the reference",
     "rougeL": "ROUGE-L against the reference",
 }
+JUDGED_LABELS = {
+    f"judged_{other}{key}": label.format(other)
+    for other in ("base", "reference")
+    for key, label in {
+        "": "pairwise win rate over {}",
+        "_lc": "pairwise win rate over {}, equal length",
+        "_flips": "flip rate against {}",
+    }.items()
+}
 PAIR_LABELS = {
     "accuracy": "accuracy",
     "log_loss": "log loss",
@@ -37,6 +46,10 @@ METRICS_NOTE = (
     "prompts; for distinct n-grams a delete-one jackknife. KL is measured on the tuned model's samples, at the "
     "sampling temperature, and so is perplexity. A judge is a reward that training never saw. An interval of no width "
     "means that all samples agree, not that the value is certain."
+)
+JUDGED_NOTE = (
+    " The pairwise judge is asked in both orders; where they disagree it is a tie, which counts half, and the flip "
+    "rate is how often they do."
 )
 RUNS_NOTE = (
     "A row a run, value and 95 % interval over prompts. The last row is the mean over runs ± its standard deviation, "
@@ -90,7 +103,8 @@ def tables(results: dict) -> list[Table]:
             *_pairs_tables(results),
         ]
     header = ["metric", "base", "tuned", "tuned − base", "n"]
-    found = [Table("Figures", METRICS_NOTE, header, [list(row) for row in table_rows(results)])]
+    note = METRICS_NOTE + (JUDGED_NOTE if results.get("pairwise") else "")
+    found = [Table("Figures", note, header, [list(row) for row in table_rows(results)])]
     if results["sweep"]:
         note = "The same figures for each checkpoint of the run; value and 95 % interval over prompts."
         rows = [[run["name"], *_run_cells(results, run["metrics"], "tuned")] for run in results["sweep"]]
@@ -110,7 +124,8 @@ def table_rows(results: dict) -> list[tuple[str, str, str, str, str]]:
         for name, estimates in metrics["rewards"].items()
         for key, label in REWARD_LABELS.items()
     ]
-    return rows + [_row(label, metrics[key]) for key, label in METRIC_LABELS.items() if key in metrics]
+    labels = METRIC_LABELS | JUDGED_LABELS
+    return rows + [_row(label, metrics[key]) for key, label in labels.items() if key in metrics]
 
 
 def runs_table(results: dict) -> Table:
@@ -163,6 +178,12 @@ def sentences(results: dict) -> list[str]:
         f"{estimate_text(length['difference'], '+')} tokens, the share of distinct trigrams by "
         f"{estimate_text(trigrams['difference'], '+')}."
     )
+    if "judged_base" in metrics:
+        win_rate, controlled, flips = (metrics[f"judged_base{key}"]["tuned"] for key in ("", "_lc", "_flips"))
+        found.append(
+            f"A pairwise judge, asked in both orders, has the tuned model win against the base on a share of "
+            f"{estimate_text(win_rate)}, at equal length {estimate_text(controlled)}; flip rate {estimate_text(flips)}."
+        )
     if results["best_of_n"] and results["best_of_n"]["at_equal_kl"]:
         found.append(verdict_sentence(results["best_of_n"]["at_equal_kl"], results["best_of_n"]["reward"]))
     return found
@@ -178,6 +199,7 @@ def facts(results: dict) -> dict[str, str]:
         "base": source_text(results["models"]["base"]),
         **{run["name"]: source_text(run["model"]) for run in tuned},
         **{f"reward {name}": source_text(reward) for name, reward in results["rewards"].items()},
+        **({"pairwise judge": _judge_fact(results["pairwise"])} if results.get("pairwise") else {}),
         "prompts": f"{prompts['source']}, split {prompts['split']}, first {prompts['n']}, sha256 {prompts['sha256']}",
         "settings": ", ".join(f"{name} {value}" for name, value in results["settings"].items()),
         "peak memory": f"{memory['process'] / 2**20:.0f} MiB{gpu_memory}",
@@ -228,14 +250,14 @@ def _row(label: str, metric: dict) -> tuple[str, str, str, str, str]:
 def _run_header(results: dict) -> list[str]:
     rewards = [label_of(results, name) for name in results["rewards"]]
     columns = [f"{name}: {what}" for name in rewards for what in ("mean", "win rate")]
-    return [*columns, "KL, nats", "length, tokens", "distinct trigrams"]
+    judged = ["pairwise win rate over base"] if results.get("pairwise") else []
+    return [*columns, *judged, "KL, nats", "length, tokens", "distinct trigrams"]
 
 
 def _run_cells(results: dict, metrics: dict, side: str) -> list[str]:
     cells = [metrics["rewards"][name][key][side] for name in results["rewards"] for key in ("mean", "win_rate")]
-    return [
-        estimate_text(cell) for cell in [*cells, *(metrics[k][side] for k in ("kl", "length", "distinct_trigrams"))]
-    ]
+    others = [*(["judged_base"] if results.get("pairwise") else []), "kl", "length", "distinct_trigrams"]
+    return [estimate_text(cell) for cell in [*cells, *(metrics[name][side] for name in others)]]
 
 
 def _pairs_tables(results: dict) -> list[Table]:
@@ -261,6 +283,15 @@ def _reward_sentence(results: dict, name: str, mean: dict) -> str:
         f"By {label_of(results, name)} the tuned model's mean {verdict}: {mean['base']['mean']:z.3f} to "
         f"{mean['tuned']['mean']:z.3f}, difference {estimate_text(difference, '+')}."
     )
+
+
+def _judge_fact(found: dict) -> str:
+    tokens = f"{found['prompt_tokens']} + {found['completion_tokens']} tokens, " if found["prompt_tokens"] else ""
+    unreadable = f", {found['unreadable']} unreadable" if found["unreadable"] else ""
+    unreadable += f" such as {found['unreadable_example']!r}" if found["unreadable"] else ""
+    prompt = f"prompt {found['prompt']['path']}, sha256 {found['prompt']['sha256']}"
+    asked = f"{found['questions']} questions, {tokens}{found['retries']} retries{unreadable}"
+    return f"{source_text(found['judge'])}, {prompt}, {asked}"
 
 
 def source_text(source: dict) -> str:

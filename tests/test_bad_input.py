@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Trainer
 
 from eval import compare, predict, report, reward_model
+from eval.pairwise import PairwiseJudge
 from recipe_args import one_line_errors
 from test_ppo_trainer import history, make_trainer, roll_out
 from test_recipes import run
@@ -614,6 +615,50 @@ def test_completions_of_another_program(first, compared, refusal, tmp_path, no_w
     else:
         path.write_text(first + "\n")
     assert str(path) in refusal(compare.main, [*compared[0], "--output", str(tmp_path)])
+
+
+JUDGE = ["--pairwise_judge", f"{__name__}:prefers_first"]
+BAD_JUDGES = {
+    "a server without a model": (["--pairwise_judge", "http://localhost:1/v1"], "expected URL#MODEL"),
+    "a port that is none": (["--pairwise_judge", "http://localhost:port/v1#m"], "http://localhost:port/v1"),
+    "no such folder": (["--pairwise_judge", "./nowhere"], "--pairwise_judge: './nowhere'"),
+    "a classifier": (["--pairwise_judge", "{classifier}"], "is not a language model"),
+    "no such function": (["--pairwise_judge", f"{__name__}:nothing"], "--pairwise_judge: cannot import"),
+    "no such prompt": ([*JUDGE, "--judge_prompt", "{tmp}/none"], "--judge_prompt {tmp}/none: No such file"),
+    "a prompt without B": ([*JUDGE, "--judge_prompt", "{tmp}/without_b"], "without_b: has no {b}"),
+    "a prompt in another encoding": ([*JUDGE, "--judge_prompt", "{tmp}/latin"], "latin: not utf-8"),
+    "a prompt for nobody": (["--judge_prompt", "{tmp}/latin"], "--judge_prompt: there is no --pairwise_judge"),
+    "no question at a time": ([*JUDGE, "--judge_concurrency", "0"], "--judge_concurrency: must be at least 1"),
+    "no time to answer": ([*JUDGE, "--judge_timeout", "nan"], "--judge_timeout: must be above 0"),
+    "settings that are none": ([*JUDGE, "--judge_settings", "[1]"], "--judge_settings: must be a JSON object"),
+    "settings that are no JSON": ([*JUDGE, "--judge_settings", "a=1"], "--judge_settings: must be a JSON object"),
+}
+
+
+def prefers_first(prompts, pairs):
+    return [0] * len(pairs)
+
+
+@pytest.mark.parametrize("case", BAD_JUDGES)
+def test_a_pairwise_judge_that_is_none(case, compared, classifier_path, refusal, tmp_path, no_weights):
+    (tmp_path / "without_b").write_text("{prompt} {a}")
+    (tmp_path / "latin").write_bytes(b"\xe9 {prompt} {a} {b}")
+    options, said = BAD_JUDGES[case]
+    options = [option.replace("{tmp}", str(tmp_path)).replace("{classifier}", classifier_path) for option in options]
+    line = refusal(compare.main, [*compared[0], *options, "--output", str(tmp_path / "out")])
+    assert said.replace("{tmp}", str(tmp_path)) in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("row", ['{"question": "a"}', '{"question": "a", "answer": ["A"]}', '{"answer": "A"}', "[1]"])
+def test_a_file_of_answers_that_holds_something_else(row, compared, refusal, tmp_path, no_weights):
+    path = tmp_path / "answers.jsonl"
+    options = [*compared[0], *JUDGE, "--output", str(tmp_path)]
+    PairwiseJudge(compare.make_parser().parse_args(options)).log.add({})
+    path.write_text(path.read_text() + row + "\n")
+    line = refusal(compare.main, options)
+    assert str(path) in line
+    assert "delete the file" in line
 
 
 def set_at(results, value, *keys):
