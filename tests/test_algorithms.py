@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import algorithms, algorithms_report
+from conftest import ROOT
 
 
 @pytest.fixture
@@ -165,3 +166,15 @@ def test_the_setting_of_most_seeds_stands_for_an_algorithm_and_of_those_the_best
         ]
     )
     assert algorithms_report.best(groups, 8.0) == {"ppo": "learning_rate 2"}
+
+
+@pytest.mark.parametrize("family", ["scratch", "tiny"])
+def test_the_committed_tables_are_those_of_the_committed_runs(family):
+    folder = ROOT / "benchmarks" / "algorithms"
+    text = algorithms_report.render(
+        json.loads((folder / f"{family}.json").read_text()), algorithms.FAMILIES[family][-1]
+    )
+    assert (folder / f"{family}.md").read_text() == text
+    if family == "scratch":
+        first = text.split("\n## ")[0].split("\n\n")[1]
+        assert first in (ROOT / "benchmarks" / "README.md").read_text()
