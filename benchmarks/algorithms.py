@@ -167,9 +167,14 @@ def train(family, name, settings, seed, folder, n_prompts):
     from recipe_args import PPOArguments, parse
     from trl_ppo import PPOConfig
 
-    settings = SETTINGS[name] | settings | {"seed": seed, "output_dir": str(folder), "overwrite_output_dir": "true"}
+    start = algorithms_report.STARTS[family] if name.startswith("ppo") else {}
+    settings = (
+        start | SETTINGS[name] | settings | {"seed": seed, "output_dir": str(folder), "overwrite_output_dir": "true"}
+    )
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value).format(family=family))]
     parsed = parse(recipe.__file__, PPOArguments, PPOConfig, ModelConfig, args=["--config", family, *words])
+    if name == "ppo":
+        parsed[1].value_model_path = None  # whatever the recipe's own critic is
     rollout, every, points = parsed[1].generation_batch_size, FAMILIES[family][3], []
     steps = every // rollout * parsed[1].steps_per_rollout
     curve = curve_callback(points, Evaluator(family, n_prompts), steps, every)

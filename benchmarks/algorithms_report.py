@@ -8,6 +8,10 @@ from matplotlib.figure import Figure
 
 SHARE = 0.9
 FAILED = 0.8  # a run is held to have failed whose policy never gets this share within the highest level
+STARTS = {  # of each family: what PPO's settings are where a run names none
+    "scratch": {"num_iterations": "4", "learning_rate": "3e-4"},
+    "tiny": {"num_iterations": "4", "learning_rate": "5e-4"},
+}
 NAMES = {
     "ppo": "PPO, value head",
     "ppo_own_critic": "PPO, critic of its own",
@@ -52,12 +56,14 @@ def by_setting(runs):
     """`{(algorithm, settings): runs}`, the runs of one setting by seed."""
     groups = defaultdict(list)
     for run in sorted(runs, key=lambda run: run["seed"]):
-        groups[run["algorithm"], settings_text(run["settings"])].append(run)
+        groups[run["algorithm"], settings_text(run)].append(run)
     return dict(groups)
 
 
-def settings_text(settings):
-    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "the recipe's"
+def settings_text(run):
+    """What a run set, beginning with where PPO starts."""
+    start = STARTS[run["family"]] if run["algorithm"].startswith("ppo") else {}
+    return ", ".join(f"{key} {value}" for key, value in (start | run["settings"]).items()) or "–"
 
 
 def judge_at(points, level):

@@ -105,7 +105,14 @@ def test_a_share_counts_as_reached_within_the_kl_only():
 def made_up(name, curve, seed=0, **settings):
     words = {key: str(value) for key, value in settings.items()}
     logged = {"val/explained_variance": [], "doctor": None}
-    run = {"algorithm": name, "settings": words, "seed": seed, "points": curve, "peak_memory_gb": 1.5}
+    run = {
+        "family": "scratch",
+        "algorithm": name,
+        "settings": words,
+        "seed": seed,
+        "points": curve,
+        "peak_memory_gb": 1.5,
+    }
     return run | {"logged": logged, "models": "abc"}
 
 
@@ -122,7 +129,10 @@ def test_the_report_gives_each_setting_its_mean_over_seeds_and_what_failed(tmp_p
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
     text = algorithms_report.write(tmp_path, tmp_path / "benchmarks" / "made_up", (6.0, 8.0, 10.0))
     ppo = next(line for line in text.splitlines() if line.startswith("| PPO, value head"))
-    assert "| the recipe's | 2 | 0.500 ± 0.000 | 0.850 ± 0.071 | 0.930 ± 0.014 | 10.0 ± 0.0 |" in ppo
+    assert (
+        "| num_iterations 4, learning_rate 3e-4 | 2 | 0.500 ± 0.000 | 0.850 ± 0.071 | 0.930 ± 0.014 | 10.0 ± 0.0 |"
+        in ppo
+    )
     assert "| 10 ± 5 | 960 ± 453 | 13 ± 0 | 1.50 | 0 of 2 | -1.00, 0.25 |" in ppo
     assert "| learning_rate 0.0001 | 1 |" in text
     assert "| – | – | 6 | 1.50 | 1 of 1 | – |" in text
@@ -165,7 +175,7 @@ def test_the_setting_of_most_seeds_stands_for_an_algorithm_and_of_those_the_best
             *(made_up("ppo", points((0, 0.5), (8, 0.9)), seed, learning_rate=2) for seed in range(2)),
         ]
     )
-    assert algorithms_report.best(groups, 8.0) == {"ppo": "learning_rate 2"}
+    assert algorithms_report.best(groups, 8.0) == {"ppo": "num_iterations 4, learning_rate 2"}
 
 
 @pytest.mark.parametrize("family", ["scratch", "tiny"])
