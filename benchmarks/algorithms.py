@@ -178,8 +178,11 @@ def train(family, name, settings, seed, folder, n_prompts):
     rollout, every, points = parsed[1].generation_batch_size, FAMILIES[family][3], []
     steps = every // rollout * parsed[1].steps_per_rollout
     curve = curve_callback(points, Evaluator(family, n_prompts), steps, every)
-    recipe.make_trainer = functools.partial(make_trainer, callbacks=[curve])
-    trainer = recipe.main(*parsed)
+    try:
+        recipe.make_trainer = functools.partial(make_trainer, callbacks=[curve])
+        trainer = recipe.main(*parsed)
+    finally:
+        recipe.make_trainer = make_trainer
     wanted = ("val/explained_variance", "objective/kl", "objective/kl_coef")
     logged = {key: [round(row[key], 4) for row in trainer.state.log_history if key in row] for key in wanted}
     doctors = [callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ == "Doctor"]
