@@ -22,6 +22,9 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
@@ -53,6 +56,12 @@ def tiny_qwen2(tokenizer, cls=Qwen2ForCausalLM, **more):
     )
 
 
+def tiny_pythia(tokenizer, cls=GPTNeoXForCausalLM, **more):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return cls(GPTNeoXConfig(vocab_size=len(tokenizer), **sizes, **ends, max_position_embeddings=512, **more))
+
+
 def tiny_encoder(tokenizer, config_class, model_class, labels=PAIR):
     names = labels and {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if config_class is DistilBertConfig:
@@ -74,6 +83,9 @@ def tiny_models(gpt2, qwen, bert):
     qwen_lm = (lambda: tiny_qwen2(qwen), qwen)
     qwen_reward = (lambda: tiny_qwen2(qwen, Qwen2ForSequenceClassification, num_labels=1), qwen)
 
+    pythia = (lambda: tiny_pythia(qwen), qwen)
+    pythia_reward = (lambda: tiny_pythia(qwen, GPTNeoXForSequenceClassification, num_labels=1), qwen)
+
     def distilbert():
         return tiny_encoder(bert, DistilBertConfig, DistilBertForSequenceClassification)
 
@@ -89,6 +101,7 @@ def tiny_models(gpt2, qwen, bert):
         "lvwerra/gpt2-imdb": lm,
         "distilbert/distilgpt2": (lambda: tiny_gpt2(gpt2, layers=1), gpt2),
         "runs/sentiment_gpt2_sft": lm,
+        "runs/sentiment_gpt2_sft_large": lm,
         "runs/tiny/sft": lm,
         "runs/scratch/sft": lm,
         "runs/scratch/length_sft": lm,
@@ -114,6 +127,11 @@ def tiny_models(gpt2, qwen, bert):
         "runs/scratch/qwen_reward": qwen_reward,
         "runs/qwen_summarize_reward": qwen_reward,
         "runs/qwen_summarize_reward_qlora": qwen_reward,
+        "EleutherAI/pythia-1b-deduped": pythia,
+        "cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr": pythia,
+        "cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr": pythia_reward,
+        "runs/qwen_summarize_sft_pythia": pythia,
+        "runs/qwen_summarize_reward_pythia": pythia_reward,
     }
 
 
@@ -208,6 +226,8 @@ def overrides(values, stage, models, data):
     else:
         small |= {"max_steps": 1, "max_length": min(values["max_length"], 128)}
         small |= {"test_rows": 4} if stage == "sft" else {"test_pairs": 8}
+    if values.get("pad_token"):
+        small["pad_token"] = "<pad>"  # the test tokenizer's
     if values.get("scratch_layers"):
         small |= {"scratch_layers": 1, "scratch_width": 32, "scratch_heads": 2}
     return small

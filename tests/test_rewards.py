@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
     GenerationConfig,
+    GPTNeoXConfig,
     PreTrainedTokenizerFast,
 )
 from trl import RewardConfig, RewardTrainer
@@ -22,6 +24,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from conftest import SENTENCES
 from rewards import ensemble, length_penalty, preference, reference_sampler, word_count
 from trl_ppo import PPOConfig, RewardModel
+from trl_ppo.critic import ValueModel
 from trl_ppo.reward_model import encode, with_finite_scores
 
 PROMPTS = ["the movie", "", "a great", "i watched it twice because the story was so"]
@@ -181,6 +184,18 @@ def test_a_local_path_that_does_not_exist_is_named_in_one_line(tmp_path):
 def test_a_language_model_without_a_trained_head_is_refused(gpt2_path):
     with pytest.raises(ValueError, match=r"not a trained classifier: it has no score\.weight"):
         RewardModel(gpt2_path, device="cpu")
+
+
+def test_a_heads_bias_is_kept_for_scores_and_for_a_critic_though_transformers_has_none(tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = RewardModel(tmp_path).score(SENTENCES)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"score.bias": torch.tensor([2.5])}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert RewardModel(tmp_path).score(SENTENCES) == pytest.approx([score + 2.5 for score in before], abs=1e-5)
+    assert ValueModel(tmp_path, len(tokenizer)).head.bias.item() == 2.5
 
 
 def test_scoring_uses_no_dropout_and_changes_no_weight(gpt2_reward):

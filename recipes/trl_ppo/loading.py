@@ -46,12 +46,24 @@ def load_whole(auto_class, path, what, key="", may_lack=False, **kwargs):
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _faults_of(path, what, key):
         model, info = auto_class.from_pretrained(path, **kwargs)
+        if "score.bias" in info["unexpected_keys"]:
+            model, info = _with_bias(type(model)).from_pretrained(path, **kwargs)
         if info["missing_keys"] and not may_lack:
             raise ValueError(f"it has no {', '.join(sorted(info['missing_keys'])[:3])}")
         for name, theirs, ours in info["mismatched_keys"]:
             raise ValueError(f"{name} is {[*theirs]}, which config.json wants to be {[*ours]}")
     check_weights(model)
     return model
+
+
+def _with_bias(cls):
+    """A classifier's class, its head with a bias, as in Huang et al. 2024; transformers would drop it (TRL's 1783)."""
+
+    def init(self, config):
+        cls.__init__(self, config)
+        self.score = torch.nn.Linear(self.score.in_features, self.score.out_features)
+
+    return type(cls.__name__, (cls,), {"__init__": init})
 
 
 @whole_on_every_rank()
