@@ -18,9 +18,9 @@ core. You should see how many rows were left out and why, then the number of row
     <output>/judge_pairs/{train,test}.jsonl  the same, for the judge
     <output>/prompts/{train,test}.jsonl      {"prompt", "reference"}   for PPO and the evaluation
 
-Of the posts of train 70 % are the language model's (pretrain and sft), 12 % the reward model's, 12 % the judge's and 6 %
-PPO's; which one a post is in depends on its text and the seed alone, so it is the same whatever the source or limit. All
-files of test hold the source's test posts (its validation's where it has no test), and none of these stands in train.
+Of the posts of train 70 % are the language model's (pretrain and sft), 12 % the reward model's, 12 % the judge's and
+6 % PPO's; which one a post is in depends on its text and the seed alone, so it is the same at any source and limit.
+All files of test hold the source's test posts (its validation's where it has no test), and none of these is in train.
 
 Chosen is the reference. Rejected is made from it, so all these pairs are synthetic; `source` says how:
 
@@ -30,11 +30,13 @@ Chosen is the reference. Rejected is made from it, so all these pairs are synthe
     truncated  the reference broken off, n words shorter
     repeated   the reference with its last words said again, n words longer
 
-Each post has `--pairs_per_post` of them, drawn at random; beginning and end look like the reference's, but for truncated.
-The longer text is chosen as often as not, so a reward model learns nothing from length alone. `--comparisons` adds real
-ones, for example `data/summarize_from_feedback/pairs`, under the source `comparison`: a Hub id or folder with the columns
-`prompt`, `chosen` and `rejected`. A post of theirs is the reward model's or the judge's, and left out elsewhere.
-`data_prep/sampled_pairs.py` adds summaries that a model wrote. The same seed and source write the same bytes.
+Each post has `--pairs_per_post` of them, drawn at random; beginning and end look like the reference's, but for
+truncated. In words the longer text is chosen as often as not, so that length alone teaches a reward model nothing.
+
+`--comparisons` adds real ones, such as `data/summarize_from_feedback/pairs`, under the source `comparison`: a Hub id
+or folder with the columns `prompt`, `chosen` and `rejected`. A post of theirs is the reward model's or the judge's, and
+left out elsewhere. `data_prep/sampled_pairs.py` adds summaries that a model wrote. The same seed and source write the
+same bytes.
 """
 
 import random
@@ -108,14 +110,9 @@ def make_comparison(row: dict) -> dict:
     return {"prompt": prompt, "post": post_of(prompt), "chosen": chosen, "rejected": rejected}
 
 
-def share_of(text: str, seed: int, shares: dict[str, float]) -> str:
-    """Which of the shares a text belongs to, drawn by the text and the seed."""
-    drawn = int.from_bytes(digest(f"{seed}/{normalise(text)}")[:8], "big") / 2**64 * sum(shares.values())
-    for name, share in shares.items():
-        drawn -= share
-        if drawn < 0:
-            break
-    return name
+def share_of(post: str, seed: int, shares: dict[str, float]) -> str:
+    """Which of the shares a post belongs to, drawn by its text and the seed."""
+    return random.Random(f"{seed}/{normalise(post)}").choices(list(shares), list(shares.values()))[0]
 
 
 # --- Rejected summaries -------------------------------------------------------------------------------------------
@@ -189,7 +186,8 @@ def fill(outbox: Outbox, reader: Reader, splits: dict, comparisons: dict, args) 
         if side in comparisons:
             name = f"comparisons/{side}"
             for row in reader.read(name, comparisons[side], make_comparison):
-                if reader.is_apart(side, [row["post"]], name) and reader.is_new(normalise(" ".join(row.values())), name):
+                texts = normalise(" ".join(row.values()))
+                if reader.is_apart(side, [row["post"]], name) and reader.is_new(texts, name):
                     compared.add(digest(normalise(row["post"])))
                     kinds = PAIRS if side == "test" else [share_of(row["post"], args.seed, dict.fromkeys(PAIRS, 1.0))]
                     for kind in kinds:
