@@ -56,7 +56,7 @@ def jobs(small_lm, imdb):
         "--max_prompt_tokens 400"
     )
     few = "--max_steps 3 --test_rows 20"
-    gpt2, bert, qwen2 = "GPT-2 4.2 M from scratch", "BERT from scratch", "Qwen2 8 M from scratch"
+    gpt2, bert, qwen2 = "GPT-2 4.2 M from scratch", "BERT from scratch", "Qwen2 5 M from scratch"
     return [
         ("sentiment_gpt2_sft_scratch", "sentiment_gpt2_sft", SCRATCH_SFT, gpt2),
         ("sentiment_gpt2_reward_scratch", "sentiment_gpt2_reward", "", gpt2),
