@@ -204,7 +204,7 @@ def test_a_models_samples_become_rejected_beside_the_reference_of_their_prompt(s
     ("arguments", "said"),
     [
         (["--target", "title"], "sft/train.jsonl"),
-        (["--comparisons", "no/such"], "--comparisons no/such: no such folder"),
+        (["--comparisons", "data/no-such"], "--comparisons data/no-such: no such folder"),
         (["--max_words", "0"], "--max_words"),
         (["--limit", "2"], "would be empty"),
     ],
