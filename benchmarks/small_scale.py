@@ -3,8 +3,9 @@
     python data_prep/imdb.py
     python data_prep/hh.py
     python data_prep/summarize_from_feedback.py
+    python data_prep/summaries.py --target title --output data/reddit_titles
     python data_prep/synthetic_instruct.py
-    python benchmarks/small_scale.py --tokenizer Qwen/Qwen2.5-0.5B --small_lm EleutherAI/pythia-14m
+    python benchmarks/small_scale.py --small_lm EleutherAI/pythia-14m
 
 The `scratch` variants run as they are, in the order in which they need each other. Those that name models of the Hub
 run with their own settings, except for models (the scratch ones, or `--small_lm` where 48 tokens of context are too
@@ -40,9 +41,8 @@ SENTIMENT = (
 )
 
 
-def jobs(tokenizer, small_lm, imdb):
+def jobs(small_lm, imdb):
     """(name, recipe, options, model) in an order in which each finds what it starts from."""
-    qwen = f"--model_name_or_path {tokenizer}"
     classified = f"--reward_model {CLASSIFIER} --reward_label POSITIVE"
     lora_qwen = (
         f"{CPU} --model_name_or_path runs/scratch/qwen_sft --dtype float32 --max_length 448 "
@@ -55,8 +55,8 @@ def jobs(tokenizer, small_lm, imdb):
         "--per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 1e-3 --log_completions false "
         "--max_prompt_tokens 400"
     )
-    few = "--max_steps 3 --test_rows 20"  # the loss over Qwen's vocabulary is what takes the time
-    gpt2, bert = "GPT-2 4.2 M from scratch", "BERT from scratch"
+    few = "--max_steps 3 --test_rows 20"
+    gpt2, bert, qwen2 = "GPT-2 4.2 M from scratch", "BERT from scratch", "Qwen2 5 M from scratch"
     return [
         ("sentiment_gpt2_sft_scratch", "sentiment_gpt2_sft", SCRATCH_SFT, gpt2),
         ("sentiment_gpt2_reward_scratch", "sentiment_gpt2_reward", "", gpt2),
@@ -71,9 +71,10 @@ def jobs(tokenizer, small_lm, imdb):
         ),
         ("length_gpt2_large_reward_scratch", "length_gpt2_large_reward", "", gpt2),
         ("length_gpt2_large_ppo_scratch", "length_gpt2_large_ppo", "", gpt2),
-        ("qwen_summarize_sft_scratch", "qwen_summarize_sft", qwen, "Qwen2 10 M from scratch"),
-        ("qwen_summarize_reward_scratch", "qwen_summarize_reward", "", "Qwen2 10 M from scratch"),
-        ("qwen_summarize_ppo_scratch", "qwen_summarize_ppo", "", "Qwen2 10 M from scratch"),
+        ("qwen_summarize_sft_scratch_pretrain", "qwen_summarize_sft", "", qwen2),
+        ("qwen_summarize_sft_scratch", "qwen_summarize_sft", "", qwen2),
+        ("qwen_summarize_reward_scratch", "qwen_summarize_reward", "", qwen2),
+        ("qwen_summarize_ppo_scratch", "qwen_summarize_ppo", "", qwen2),
         (
             "sentiment_gpt2_sft",
             "sentiment_gpt2_sft",
@@ -135,7 +136,7 @@ def jobs(tokenizer, small_lm, imdb):
                 f"qwen_summarize_{stage}{kind}",
                 f"qwen_summarize_{stage}",
                 f"{options} {dtype}",
-                "Qwen2 10 M from scratch",
+                qwen2,
             )
             for kind, dtype in (("", ""), ("_qlora", "--dtype bfloat16"))  # TRL trains QLoRA's own weights in bfloat16
             for stage, options in (
@@ -158,7 +159,7 @@ def run(name, recipe, options, folder):
     variant = name.removeprefix(recipe).removeprefix("_")  # none where the name is the recipe's
     config = ["--config", variant] if variant and "--config" not in options else []
     command = [sys.executable, f"recipes/{recipe}.py", *config, "--overwrite_output_dir", "true"]
-    own_folder = [] if name.endswith("_scratch") or "--output_dir" in options else ["--output_dir", str(folder)]
+    own_folder = [] if "_scratch" in name or "--output_dir" in options else ["--output_dir", str(folder)]
     started = time.monotonic()
     done = subprocess.run([*command, *options.split(), *own_folder], cwd=ROOT, capture_output=True, text=True)
     seconds = time.monotonic() - started
@@ -184,7 +185,6 @@ def outcome(printed):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default="Qwen/Qwen2.5-0.5B", help="Qwen's, a Hub id or folder")
     parser.add_argument(
         "--small_lm", default="EleutherAI/pythia-14m", help="a small causal LM of 256 positions or more"
     )
@@ -196,7 +196,7 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     rows = ["| YAML | model | seconds | result |", "|---|---|---|---|"]
-    for name, recipe, options, model in jobs(args.tokenizer, args.small_lm, args.imdb):
+    for name, recipe, options, model in jobs(args.small_lm, args.imdb):
         if args.only and name not in args.only:
             continue
         done = run(name, recipe, options, ROOT / "runs" / "small" / name)

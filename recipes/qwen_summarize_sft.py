@@ -4,8 +4,10 @@
     accelerate launch recipes/qwen_summarize_sft.py --config qlora
 
 The dataset holds posts (`prompt`, ending in `TL;DR:`) and summaries (`completion`); the loss counts the summary's
-tokens alone, unless `completion_only_loss: false`. Prints the held-out loss before and after, and a summary. Writes
-`output_dir`: the adapter, its tokenizer and, with `merge_adapter`, the whole model in `merged`, where PPO starts.
+tokens alone, unless `completion_only_loss: false`. A dataset of `text` makes it language modelling, with which a small
+Qwen2 from scratch begins (`scratch_layers`, and `scratch_vocab` for a byte-level BPE of its own). Prints the held-out
+loss before and after, and a summary. Writes `output_dir`: the adapter, its tokenizer and, with `merge_adapter`, the
+whole model in `merged`, where PPO starts.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from recipe_args import RecipeArguments, check_model, init_kwargs, load_split, merge_adapter, one_line_errors, parse
+from sentiment_gpt2_sft import train_tokenizer
 from trl_ppo.callbacks import NameBaseInCard
 from trl_ppo.logprobs import keep_4bit_differentiable
 
@@ -23,11 +26,12 @@ class SFTArguments(RecipeArguments):
     """What this recipe takes besides TRL's own settings."""
 
     test_rows: int = field(default=500, metadata={"help": "Held-out posts to evaluate on, from the first on."})
-    scratch_layers: int = field(
-        default=0, metadata={"help": "Layers of a Qwen2 made from scratch with the model's tokenizer; 0 fine-tunes."}
-    )
+    scratch_layers: int = field(default=0, metadata={"help": "Layers of a Qwen2 made from scratch; 0 fine-tunes."})
     scratch_width: int = field(default=128, metadata={"help": "Its hidden size."})
     scratch_heads: int = field(default=4, metadata={"help": "Its attention heads, half as many for keys and values."})
+    scratch_vocab: int = field(
+        default=0, metadata={"help": "Tokens of a byte-level BPE trained for it; 0 takes the model's tokenizer."}
+    )
 
 
 def scratch_model(script_args, tokenizer, max_length):
@@ -47,16 +51,29 @@ def scratch_model(script_args, tokenizer, max_length):
     return Qwen2ForCausalLM(config)
 
 
+def load_posts(script_args, split, text):
+    """A dataset with nothing but posts and summaries, or with whole texts where it holds those alone."""
+    names = load_split(script_args.dataset_name, split, config=script_args.dataset_config).column_names
+    columns = [text] if text in names and "prompt" not in names else ["prompt", "completion"]
+    data = load_split(script_args.dataset_name, split, columns, script_args.dataset_config)
+    return data.select_columns(columns)
+
+
 def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
     script_args.check(model_args)
     script_args.claim_output_dir(training_args, model_args)
-    path = model_args.model_name_or_path
-    check_model("model_name_or_path", path, None if script_args.scratch_layers else "CausalLM")
-    columns = ["prompt", "completion"]
-    train = load_split(script_args.dataset_name, script_args.dataset_train_split, columns, script_args.dataset_config)
-    test = load_split(script_args.dataset_name, script_args.dataset_test_split, columns, script_args.dataset_config)
+    path, text = model_args.model_name_or_path, training_args.dataset_text_field
+    own_tokenizer = script_args.scratch_layers and script_args.scratch_vocab
+    if not own_tokenizer:
+        check_model("model_name_or_path", path, None if script_args.scratch_layers else "CausalLM")
+    train = load_posts(script_args, script_args.dataset_train_split, text)
+    test = load_posts(script_args, script_args.dataset_test_split, text)
     test = test.select(range(min(len(test), script_args.test_rows)))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    if own_tokenizer:
+        texts = (" ".join(row.values()) for row in train)
+        tokenizer = train_tokenizer(texts, script_args.scratch_vocab)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if script_args.scratch_layers:
         set_seed(training_args.seed)
         model = scratch_model(script_args, tokenizer, training_args.max_length)
@@ -83,7 +100,8 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
     if trainer.is_world_process_zero():
         started = "" if before is None else f"{before:.3f} → "
         print(f"held-out loss {started}{after:.3f} nats per token, n = {len(test)} posts")
-        print(f"a held-out summary: {summarize(trainer.model, tokenizer, test[0]['prompt'])}")
+        if "prompt" in test.column_names:
+            print(f"a held-out summary: {summarize(trainer.model, tokenizer, test[0]['prompt'])}")
         print(f"model and tokenizer: {training_args.output_dir}")
         if script_args.merge_adapter:
             print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")

@@ -121,6 +121,7 @@ def tiny_models(gpt2, qwen, bert):
         "microsoft/deberta-v3-base": (bare(DebertaV2Config, DebertaV2Model), bert),
         "Qwen/Qwen2.5-0.5B": qwen_lm,
         "Qwen/Qwen2.5-1.5B": qwen_lm,
+        "runs/scratch/qwen_pretrain": qwen_lm,
         "runs/scratch/qwen_sft": qwen_lm,
         "runs/qwen_summarize_sft/merged": qwen_lm,
         "runs/qwen_summarize_sft_qlora/merged": qwen_lm,
@@ -190,8 +191,10 @@ def data(tmp_path_factory):
             (folder / kind / f"{split}.jsonl").write_text("\n".join(map(json.dumps, content)))
 
     def folder_of(name):
-        kinds = {"stanfordnlp/imdb": "labelled", "trl-lib/tldr": "posts", "data/summarize_from_feedback/sft": "posts"}
-        prompted = {"data/hh/pairs", "data/synthetic_instruct/pairs", "data/summarize_from_feedback/pairs"}
+        kinds = {"stanfordnlp/imdb": "labelled", "trl-lib/tldr": "posts", "data/reddit_titles/sft": "posts"}
+        kinds["data/reddit_titles/pretrain"] = "sft"
+        prompted = {f"data/{source}/pairs" for source in ("hh", "synthetic_instruct", "reddit_titles")}
+        prompted.add("data/summarize_from_feedback/pairs")
         kind = "prompted_pairs" if name in prompted else kinds.get(name, name.rpartition("/")[2])
         return str(folder / {"snippets": "pairs"}.get(kind, kind))
 

@@ -176,6 +176,34 @@ def test_prompts_are_cut_to_the_wanted_number_of_tokens(toy_run):
     assert load_prompts(script_args, "train", tokenizer, seed=0)["prompt"][:] == data["prompt"][:]
 
 
+def test_a_small_qwen_reads_texts_with_a_tokenizer_of_its_own_and_then_learns_summaries(tmp_path, capsys):
+    import json
+
+    texts = [f"POST: the film number {n} was good, and so was its music\n\nTITLE:" for n in range(24)]
+    kinds = {
+        "pretrain": lambda text: {"text": f"{text} a film"},
+        "sft": lambda text: {"prompt": text, "completion": " a"},
+    }
+    for kind, make in kinds.items():
+        (tmp_path / kind).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / kind / f"{split}.jsonl").write_text("\n".join(json.dumps(make(text)) for text in texts))
+    small = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--bf16", "false", "--disable_tqdm", "true"]
+    size = ["--scratch_layers", "1", "--scratch_width", "32", "--scratch_vocab", "280"]
+    for config, kind, more in (("scratch_pretrain", "pretrain", size), ("scratch", "sft", [])):
+        more += ["--model_name_or_path", str(tmp_path / "first")] if kind == "sft" else []
+        folder = str(tmp_path / ("first" if kind == "pretrain" else "second"))
+        data = ["--dataset_name", str(tmp_path / kind), "--output_dir", folder, "--save_strategy", "no"]
+        run("qwen_summarize_sft", "--config", config, *small, *data, *more)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(tmp_path / "second").config.vocab_size == 280
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.decode(tokenizer(texts[0])["input_ids"]) == texts[0]
+    printed = capsys.readouterr().out
+    assert printed.count("a held-out summary") == 1  # a language model of whole texts has none
+    assert printed.count("held-out loss") == 2
+
+
 def test_labelled_reviews_are_paired_with_the_preferred_label_chosen(tmp_path):
     from datasets import Dataset
 
