@@ -35,7 +35,7 @@ class Prompts:
             return [values[index] for index in indices]
 
         columns = {name: at(values) for name, values in self.columns.items()}
-        return Prompts(at(self.texts), columns, at(self.ids), self.references and at(self.references))
+        return Prompts(at(self.texts), columns, self.ids and at(self.ids), self.references and at(self.references))
 
     def repeat(self, times: int) -> "Prompts":
         """Each of them `times` times in a row, without references."""

@@ -29,8 +29,9 @@ class SFTArguments(RecipeArguments):
     scratch_layers: int = field(default=0, metadata={"help": "Layers of a Qwen2 made from scratch; 0 fine-tunes."})
     scratch_width: int = field(default=128, metadata={"help": "Its hidden size."})
     scratch_heads: int = field(default=4, metadata={"help": "Its attention heads, half as many for keys and values."})
-    scratch_vocab: int = field(
-        default=0, metadata={"help": "Tokens of a byte-level BPE trained for it; 0 takes the model's tokenizer."}
+    scratch_vocab: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a byte-level BPE trained for it; without it the model's own tokenizer."},
     )
 
 
