@@ -250,7 +250,9 @@ def test_a_server_that_breaks_off_and_one_that_fails_for_a_while_are_asked_again
             return 200, {"Content-Length": 999, "Connection": "close"}, b'{"choi'
         return by_length(a, b, number)
 
-    judge = PairwiseJudge(options(serve(fails_at_times).spec, judge_concurrency=2))
+    judge = PairwiseJudge(
+        options(serve(fails_at_times).spec, judge_concurrency=1)
+    )  # so that no question meets all failures
     ours, theirs = texts(12, 0), texts(12, 1)
     wins = judge.compare(["p"] * 12, ours, theirs, "t").wins
     assert [win for win, a, b in zip(wins, ours, theirs, strict=True) if len(a) != len(b)] == [
