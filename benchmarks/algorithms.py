@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -56,13 +55,12 @@ class Evaluator:
     """
 
     def __init__(self, family, n_prompts):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
+        from eval.compare import load_with_logprobs
         from recipe_args import load_split, prompt_cutter
         from rewards import find_function
         from trl_ppo import RewardModel
-        from trl_ppo.cpu import use_tiles
-        from trl_ppo.logprobs import add_logprobs_forward
 
         prompts, tokens, judge, *_ = FAMILIES[family]
         base = f"runs/{family}/sft"
@@ -70,9 +68,7 @@ class Evaluator:
         self.prompts = load_split(prompts, "test", ["prompt"])["prompt"][:n_prompts]
         if tokens:
             self.prompts = list(map(prompt_cutter(self.tokenizer, *tokens, seed=0), self.prompts))
-        self.policy, self.base = (
-            use_tiles(add_logprobs_forward(AutoModelForCausalLM.from_pretrained(base).eval()), 1.0) for _ in range(2)
-        )
+        self.policy, self.base = (load_with_logprobs(base, temperature=1.0) for _ in range(2))
         judge = find_function("judge", judge) if ":" in judge else RewardModel(judge)
         self.judges = {"reward": RewardModel(f"runs/{family}/reward"), "judge": judge}
 
@@ -85,7 +81,7 @@ class Evaluator:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             ids = self.sample(self.prompts)
-            kl = self.logprobs(self.policy, ids) - self.logprobs(self.base, ids)
+            kl = self.logprobs(self.policy, "the policy", ids) - self.logprobs(self.base, "the base", ids)
         texts = self.tokenizer.batch_decode([row for _, row in ids], skip_special_tokens=True)
         scores = {name: judge(prompts=self.prompts, completions=texts) for name, judge in self.judges.items()}
         n = len(texts)
@@ -100,6 +96,7 @@ class Evaluator:
         """`(prompt ids, completion ids)` of each prompt."""
         from transformers import GenerationConfig
 
+        from eval.loading import cut_after_eos
         from trl_ppo.cpu import sample
 
         end, rows = self.tokenizer.eos_token_id, []
@@ -109,26 +106,15 @@ class Evaluator:
             made = self.policy.generate(**inputs, generation_config=config, custom_generate=sample)
             width = inputs["input_ids"].size(1)
             for mask, ids in zip(inputs["attention_mask"], made.tolist(), strict=True):
-                completion = ids[width:]
-                if end in completion:
-                    completion = completion[: completion.index(end) + 1]
-                rows.append((ids[width - int(mask.sum()) : width], completion))
+                rows.append((ids[width - int(mask.sum()) : width], cut_after_eos(ids[width:], [end])))
         return rows
 
-    def logprobs(self, model, ids, batch=128):
+    def logprobs(self, model, title, ids, batch=128):
         """Log-probability of each completion, in nats per sequence."""
-        import torch
+        from eval.generation import sequence_logprobs
 
-        from trl_ppo.logprobs import pad_batch
-
-        totals = []
-        for start in range(0, len(ids), batch):
-            part = ids[start : start + batch]
-            tensors = pad_batch([p for p, _ in part], [c for _, c in part], self.tokenizer.eos_token_id, None)
-            width = tensors["completion_mask"].size(1)
-            inputs = {name: tensors[name] for name in ("input_ids", "attention_mask")}
-            totals.append(model(num_completion_tokens=width, **inputs).logprobs.sum(1))
-        return torch.cat(totals)
+        settings = argparse.Namespace(batch_size=batch)
+        return sequence_logprobs(model, *zip(*ids, strict=True), self.tokenizer.eos_token_id, settings, title)
 
 
 def curve_callback(points, evaluate, steps, completions):
@@ -166,6 +152,7 @@ def train(family, name, settings, seed, folder, n_prompts):
     from group_trainers import make_trainer
     from recipe_args import PPOArguments, parse
     from trl_ppo import PPOConfig
+    from trl_ppo.doctor import Doctor
 
     start = algorithms_report.STARTS[family] if name.startswith("ppo") else {}
     settings = (
@@ -185,7 +172,7 @@ def train(family, name, settings, seed, folder, n_prompts):
         recipe.make_trainer = make_trainer
     wanted = ("val/explained_variance", "objective/kl", "objective/kl_coef")
     logged = {key: [round(row[key], 4) for row in trainer.state.log_history if key in row] for key in wanted}
-    doctors = [callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ == "Doctor"]
+    doctors = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Doctor)]
     return points, logged | {"doctor": sorted(doctors[0].said) if doctors else None}
 
 
@@ -250,6 +237,10 @@ def best_of_n(family, seed, n_prompts):
 
 def run(family, name, settings, seed, path, n_prompts):
     """One run, to its JSON."""
+    from eval.machine import git_commit
+    from eval.provenance import peak_memory
+    from eval.report import write_atomically
+
     folder, started = path.with_suffix(""), time.time()
     if name == "best_of_n":
         points, logged = best_of_n(family, seed, n_prompts)
@@ -258,7 +249,6 @@ def run(family, name, settings, seed, path, n_prompts):
     else:
         points, logged = train(family, name, settings, seed, folder, n_prompts)
     shutil.rmtree(folder, ignore_errors=True)  # nothing but what this run has written
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     result = {
         "family": family,
         "algorithm": name,
@@ -268,13 +258,11 @@ def run(family, name, settings, seed, path, n_prompts):
         "models": fingerprint(family),
         "points": points,
         "logged": logged,
-        "peak_memory_gb": round(memory, 3),
+        "peak_memory_gb": round(peak_memory()["process"] / 1024**3, 3),
         "wall_seconds": round(time.time() - started, 1),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()[:7],
+        "commit": (git_commit() or "")[:7],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.rename(path)
+    write_atomically(path, json.dumps(result) + "\n")
 
 
 def fingerprint(family):

@@ -1,7 +1,5 @@
 """Completions of many prompts and their log-probabilities, in batches of like length; kept on disk as they come."""
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,87 +8,39 @@ import torch
 from tqdm import tqdm
 
 from eval.loading import cut_after_eos, set_stop_ids
+from eval.resumable_log import ResumableLog
 from trl_ppo.inputs import UserError, first_line
 from trl_ppo.logprobs import pad_batch
 
 
-class CompletionLog:
-    """A JSONL file of completions as they are made, from which a run that was stopped goes on.
+class CompletionLog(ResumableLog):
+    """The completions of a run as they are made: `{"index", "ids", "completion", "last"}` a line, a batch a group."""
 
-    Its first line is the fingerprint: whatever decides the completions. A line for each sample follows,
-    `{"index", "ids", "completion", "last"}`, synced to disk a batch at a time. UserError when the file holds other
-    things, or was made with another fingerprint; with `overwrite` the latter is replaced when the first batch is there.
-    """
+    holds, item = "completions made", "sample"
 
     def __init__(self, path: Path, fingerprint: dict, overwrite: bool = False):
-        self.path = path
-        self.fingerprint = json.loads(json.dumps(fingerprint))
         self.ids: dict[int, list[int]] = {}
-        self._end = 0  # of the last whole batch, in bytes
-        if path.exists():
-            self._read(overwrite)
+        super().__init__(path, fingerprint, overwrite)
         self.resumed = len(self.ids)
 
-    def _read(self, overwrite: bool) -> None:
-        if not self.path.is_file():
-            raise UserError(f"{self.path} is no file; give another --output")
-        with self.path.open("rb") as stream:
-            theirs = whole_line(stream.readline())
-            if theirs is not None and theirs != self.fingerprint:
-                if overwrite:
-                    return
-                raise UserError(
-                    f"{self.path} holds completions made with another {difference(theirs, self.fingerprint)}; give "
-                    "another --output, or --overwrite to replace them"
-                )
-            if theirs is None:
-                return
-            self._end = stream.tell()
-            batch: dict[int, list[int]] = {}
-            while (line := whole_line(stream.readline())) is not None:
-                if not _is_sample(line):
-                    raise UserError(f"{self.path}: {line!r:.60} is no sample of this program; delete the file")
-                batch[line["index"]] = line["ids"]
-                if line["last"]:  # of its batch: a torn batch is made again
-                    self.ids |= batch
-                    batch, self._end = {}, stream.tell()
+    def is_line(self, line) -> bool:
+        ids = line.get("ids") if isinstance(line, dict) and {"index", "last"} <= {*line} else None
+        return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= 0 for i in ids)
+
+    def ends_group(self, line: dict) -> bool:
+        return line["last"]
+
+    def take(self, lines: list[dict]) -> None:
+        self.ids |= {line["index"]: line["ids"] for line in lines}
 
     def append(self, indices: Sequence[int], ids: list[list[int]], texts: list[str]) -> None:
-        """Add one batch, whole or not at all as far as a reader is concerned."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [
-            {"index": index, "ids": row, "completion": text, "last": index == indices[-1]}
-            for index, row, text in zip(indices, ids, texts, strict=True)
-        ]
-        rows = rows if self._end else [self.fingerprint, *rows]
-        with self.path.open("r+b" if self._end else "wb") as stream:
-            stream.truncate(self._end)
-            stream.seek(self._end)
-            stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-            self._end = stream.tell()
-        self.ids |= dict(zip(indices, ids, strict=True))
-
-
-def whole_line(line: bytes) -> dict | None:
-    """The line's JSON, None if it is torn or the file is at its end."""
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-
-
-def _is_sample(line) -> bool:
-    ids = line.get("ids") if isinstance(line, dict) and {"index", "last"} <= {*line} else None
-    return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= 0 for i in ids)
-
-
-def difference(theirs: dict, ours: dict) -> str:
-    """The first setting in which two fingerprints differ, with both values."""
-    theirs = theirs if isinstance(theirs, dict) else {}
-    name = next(name for name in [*ours, *theirs] if theirs.get(name) != ours.get(name))
-    return f"{name} ({theirs.get(name)}, now {ours.get(name)})"
+        """Add one batch."""
+        self.write(
+            [
+                {"index": index, "ids": row, "completion": text, "last": index == indices[-1]}
+                for index, row, text in zip(indices, ids, texts, strict=True)
+            ]
+        )
 
 
 def generate(

@@ -18,9 +18,9 @@ from threading import Lock
 import numpy as np
 from tqdm import tqdm
 
-from eval.generation import difference, whole_line
 from eval.intervals import compare_pairs, interval, length_controlled
 from eval.judges import OPTION, TOKENS, Function, LanguageModel, Question, Server
+from eval.resumable_log import ResumableLog
 from eval.scores import FUNCTION
 from trl_ppo.inputs import UserError
 
@@ -43,52 +43,28 @@ class Verdicts:
     longer: list[int]
 
 
-class AnswerLog:
-    """A JSONL of a judge's answers by the question's hash, written as they come, in any order and from any thread.
+class AnswerLog(ResumableLog):
+    """A judge's answers by the question's hash, written as they come, in any order and from any thread."""
 
-    Its first line is the fingerprint: whatever decides the answers. UserError if the file has another one, or is none;
-    with `overwrite` such a file is replaced when the first answer is there.
-    """
+    holds, item = "a judge's answers", "answer"
 
     def __init__(self, path: Path, fingerprint: dict, overwrite: bool = False):
-        self.path, self.fingerprint = path, json.loads(json.dumps(fingerprint))
         self.answers: dict[str, dict] = {}
-        self._end, self._lock = 0, Lock()  # the end of the last whole line, in bytes
-        if path.exists():
-            self._read(overwrite)
+        self._lock = Lock()
+        super().__init__(path, fingerprint, overwrite)
         self.resumed = len(self.answers)
 
-    def _read(self, overwrite: bool) -> None:
-        if not self.path.is_file():
-            raise UserError(f"{self.path} is no file; give another --output")
-        with self.path.open("rb") as stream:
-            theirs = whole_line(stream.readline())
-            if theirs is None or (theirs != self.fingerprint and overwrite):
-                return
-            if theirs != self.fingerprint:
-                raise UserError(
-                    f"{self.path} holds a judge's answers with another {difference(theirs, self.fingerprint)}; give "
-                    "another --output, or --overwrite to replace them"
-                )
-            self._end = stream.tell()
-            while (line := whole_line(stream.readline())) is not None:
-                if not _is_answer(line):
-                    raise UserError(f"{self.path}: {line!r:.60} is no answer of this program; delete the file")
-                self.answers[line.pop("question")] = line
-                self._end = stream.tell()
+    def is_line(self, line) -> bool:
+        known = isinstance(line, dict) and isinstance(line.get("question"), str)
+        return known and isinstance(line.get("reply", ""), str) and line.get("answer", 0) in ("A", "B", "tie", None)
+
+    def take(self, lines: list[dict]) -> None:
+        self.answers |= {line["question"]: {k: v for k, v in line.items() if k != "question"} for line in lines}
 
     def add(self, answers: dict[str, dict]) -> None:
         """Add answers by question; UserError if too many of all so far cannot be read."""
         with self._lock:
-            rows = [] if self._end else [self.fingerprint]
-            rows += [{"question": key, **answer} for key, answer in answers.items()]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("r+b" if self._end else "wb") as stream:
-                stream.truncate(self._end)
-                stream.seek(self._end)
-                stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-                self._end = stream.tell()
-            self.answers |= answers
+            self.write([{"question": key, **answer} for key, answer in answers.items()])
             unreadable = self.unreadable()
             if len(unreadable) > max(3, MOST_UNREADABLE * len(self.answers)):
                 raise UserError(
@@ -205,11 +181,6 @@ def _flip_rate(flips: list[bool | None], seed: int) -> dict:
     if len(known) < 2:
         return {"mean": None, "low": None, "high": None, "n": len(known)}
     return interval(known, seed=seed)
-
-
-def _is_answer(line) -> bool:
-    known = isinstance(line, dict) and isinstance(line.get("question"), str) and isinstance(line.get("reply", ""), str)
-    return known and line.get("answer", 0) in ("A", "B", "tie", None)
 
 
 def _key(question: Question) -> str:

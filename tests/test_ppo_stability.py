@@ -29,6 +29,17 @@ def same(first, second):
     return {name: torch.equal(first[name], second[name]) for name in first}
 
 
+def resumed_and_whole(path, folder, step, **set):
+    """A run that was broken off at `step` and has gone on to its end, and one that was not."""
+    whole = job(path, folder / "whole", **set)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        job(path, folder / "broken", callbacks=[StopAt(step)], **set).train()
+    resumed = job(path, folder / "broken", **set)
+    resumed.train(resume_from_checkpoint=True)
+    return resumed, whole
+
+
 # --- value_warmup_rollouts ------------------------------------------------------------------------------------------
 
 
@@ -91,13 +102,7 @@ def test_without_a_warm_up_the_policy_moves_at_once(gpt2_path, tmp_path):
 
 def test_a_run_that_was_broken_off_while_the_critic_warmed_up_resumes_bit_identical(gpt2_path, tmp_path):
     set = {"value_warmup_rollouts": 2, "num_train_epochs": 2}  # of four rollouts of four steps
-    whole = job(gpt2_path, tmp_path / "whole", **set)
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        job(gpt2_path, tmp_path / "broken", callbacks=[StopAt(6)], **set).train()
-    resumed = job(gpt2_path, tmp_path / "broken", **set)
-    resumed.train(resume_from_checkpoint=True)
-    assert_same_end(resumed, whole)
+    assert_same_end(*resumed_and_whole(gpt2_path, tmp_path, 6, **set))
 
 
 # --- lam_value, lam_length_alpha ------------------------------------------------------------------------------------
@@ -284,12 +289,7 @@ def test_after_a_sync_the_reference_is_the_mix_tensor_by_tensor(gpt2_path, class
 
 def test_a_run_whose_reference_moves_resumes_bit_identical(gpt2_path, tmp_path):
     set = SYNC | {"num_train_epochs": 2, "learning_rate": 1e-2}
-    whole = job(gpt2_path, tmp_path / "whole", **set)
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        job(gpt2_path, tmp_path / "broken", callbacks=[StopAt(10)], **set).train()
-    resumed = job(gpt2_path, tmp_path / "broken", **set)
-    resumed.train(resume_from_checkpoint=True)
+    resumed, whole = resumed_and_whole(gpt2_path, tmp_path, 10, **set)
     assert_same_end(resumed, whole)
     assert all(same(*(dict(t.ref_model.named_parameters()) for t in (whole, resumed))).values())
     with pytest.raises(UserError, match="was made with sync_ref_model: True, not False"):

@@ -12,6 +12,7 @@ FORMULAS = (
     "token_rewards",
     "gae",
     "lambdas",
+    "decoupled_gae",
     "whiten",
     "clipped_policy_loss",
     "importance_weights",

@@ -195,8 +195,7 @@ def look_at_rollouts(rows, args):
     norms = [min(row["grad_norm"]) for row in rows[-5:] if "grad_norm" in row]
     small = args.max_grad_norm > 0 and len(norms) == 5 and min(norms) > 10 * args.max_grad_norm
     yield "gradient", small, min(norms, default=0), args.max_grad_norm  # healthy: 0.2 to 0.7, and max_grad_norm 1
-    warm_up = getattr(args, "value_warmup_rollouts", 0) or 0
-    held = args.learning_rate > 0 and not args.sync_ref_model and count - warm_up >= 20
+    held = args.learning_rate > 0 and not args.sync_ref_model and count - args.value_warmup_rollouts >= 20
     yield "still", held and abs(kl) < 0.01, kl, count  # healthy: 0.4 nats after the first rollout
     score, score_first = middle("objective/scores", rows[-10:]), middle("objective/scores", rows[:3])
     yield "no gain", count >= 20 and kl > 1 and score <= score_first, score, count, score_first, kl

@@ -57,6 +57,12 @@ def lambdas(mask, lam, lam_value=None, alpha=None):
     return of_policy, lam if lam_value is None else lam_value
 
 
+def decoupled_gae(rewards, values, mask, gamma, lam, lam_value):
+    """The advantages of `gae` with `lam`, and its returns with `lam_value`; one pass where both are the same."""
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    return advantages, returns if lam_value is lam else gae(rewards, values, mask, gamma, lam_value)[1]
+
+
 def whiten(x, mask, shift_mean=True, reduce=lambda sums: sums):
     """Scale `x` (B, C) to unit variance, and to zero mean if asked, over the tokens that count on every rank.
 

@@ -105,8 +105,7 @@ class PPOTrainer(GRPOTrainer):
 
         # 5. Advantages and returns.
         lams = formulas.lambdas(mask, self.args.lam, self.args.lam_value, self.args.lam_length_alpha)
-        both = [formulas.gae(rewards, policy.state_values, mask, self.args.gamma, lam) for lam in lams]
-        (advantages, _), (_, returns) = both
+        advantages, returns = formulas.decoupled_gae(rewards, policy.state_values, mask, self.args.gamma, *lams)
         self._rollout_times = started, (scored := now(self.args.device))
 
         self._track("objective/kl", kl.sum(1))
@@ -119,7 +118,7 @@ class PPOTrainer(GRPOTrainer):
         self._track("val/explained_variance", formulas.explained_variance(policy.state_values, returns, mask))
         self._track("time/generate", sampled - started)
         self._track("time/score", scored - sampled)
-        if self._mode == "train":
+        if self._mode == "train" and (self.ceiling or self.args.kl_target):
             self._react_to_kl(kl.sum(1))
         advantages = formulas.whiten(advantages, mask, reduce=self._sum_over_ranks)
         if self.log_completions:
