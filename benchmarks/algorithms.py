@@ -18,7 +18,6 @@ at two evaluations in a row: beyond, no figure of the report is read.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -165,8 +164,12 @@ def train(family, name, settings, seed, folder, n_prompts):
     rollout, every, points = parsed[1].generation_batch_size, FAMILIES[family][3], []
     steps = every // rollout * parsed[1].steps_per_rollout
     curve = curve_callback(points, Evaluator(family, n_prompts), steps, every)
+
+    def make_trainer_with_curve(*args, callbacks, **kwargs):
+        return make_trainer(*args, callbacks=[*callbacks, curve], **kwargs)
+
     try:
-        recipe.make_trainer = functools.partial(make_trainer, callbacks=[curve])
+        recipe.make_trainer = make_trainer_with_curve
         trainer = recipe.main(*parsed)
     finally:
         recipe.make_trainer = make_trainer

@@ -46,8 +46,9 @@ def group_config(config_class, args, group_size):
     without_effect = [each.name for each in own if each.name not in used and getattr(args, each.name) != each.default]
     if without_effect:
         print(f"algorithm: settings of PPO alone, without effect: {', '.join(without_effect)}")
-    if shared["metric_for_best_model"] == "objective/scores":
-        shared["metric_for_best_model"] = "reward"  # TRL's name for it
+    names = {"objective/scores": "reward", "rewards/judge": "rewards/judge/mean"}  # TRL's
+    metric = shared["metric_for_best_model"]
+    shared["metric_for_best_model"] = names.get(metric, metric)
     return config_class(
         **shared | {"adam_epsilon": 1e-8},  # AdamW's own, not PPO's
         beta=args.kl_coef,

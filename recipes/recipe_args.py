@@ -343,6 +343,12 @@ class PPOArguments(RecipeArguments):
     )
     reward_variance_coef: float | None = _option("With several: the mean score minus this × their variance counts.")
     preference_as_reward: bool = _option("Its score becomes the chance to beat a completion of the reference.", False)
+    judge: str | None = _option(
+        "A classifier that training never optimises, logged as rewards/judge; load_best_model_at_end goes by it."
+    )
+    early_stopping_patience: int | None = _option(
+        "Evaluations in a row that find nothing better after which training ends; needs load_best_model_at_end."
+    )
     reward_label: str | None = _option("Which of its labels counts, if it has several.")
     reward_max_length: int = _option("Tokens that it reads; longer texts lose their beginning.", 512)
     reward_dtype: str = _option("Of its weights.", "float32")
@@ -360,10 +366,7 @@ class PPOArguments(RecipeArguments):
 
     def check(self, training_args, model_args) -> None:
         """UserError for rewards that cannot be had, and for what does not go together; loads no model."""
-        from transformers.utils import find_adapter_config_file
-
         from rewards import find_function  # light, but it may import a file of the user's
-        from trl_ppo.reward_model import label_index
 
         super().check(model_args)
         if self.algorithm != "ppo":
@@ -384,10 +387,29 @@ class PPOArguments(RecipeArguments):
             elif not self.reward_models:
                 raise UserError("rewards: reward_model has a weight, but reward_model: names no classifier")
         for path in self.reward_models if "reward_model" in self.rewards else ():
-            config = check_model("reward_model", path, "SequenceClassification")
-            is_classifier = "Classification" in str(config.architectures)  # and no adapter, whose labels are its own
-            if is_classifier and find_adapter_config_file(path) is None:
-                label_index(path, config.id2label, self.reward_label)
+            self._check_classifier("reward_model", path)
+        if self.judge is not None:
+            self._check_judge(training_args)
+        if self.early_stopping_patience is not None and not training_args.load_best_model_at_end:
+            raise UserError("early_stopping_patience: goes by the best checkpoint; set load_best_model_at_end: true")
+
+    def _check_judge(self, training_args) -> None:
+        """The judge is another model than the one that is optimised; the best checkpoint is then the one it prefers."""
+        if self.judge in self.reward_models:
+            raise UserError(f"judge: {self.judge!r} is the reward model, which is optimised; give another classifier")
+        self._check_classifier("judge", self.judge)
+        if training_args.metric_for_best_model == "objective/scores":
+            training_args.metric_for_best_model = "rewards/judge"
+
+    def _check_classifier(self, key: str, path: str) -> None:
+        from transformers.utils import find_adapter_config_file
+
+        from trl_ppo.reward_model import label_index
+
+        config = check_model(key, path, "SequenceClassification")
+        is_classifier = "Classification" in str(config.architectures)  # and no adapter, whose labels are its own
+        if is_classifier and find_adapter_config_file(path) is None:
+            label_index(path, config.id2label, self.reward_label)
 
     @property
     def reward_models(self) -> list[str]:
@@ -396,25 +418,41 @@ class PPOArguments(RecipeArguments):
         return given if isinstance(given, list) else [given]
 
     def load_rewards(self, training_args, model_args) -> list:
-        """The reward functions, in the order of `rewards`, whose weights go into `training_args`."""
+        """The reward functions, in the order of `rewards`, and the judge, whose weights go into `training_args`."""
         from rewards import find_function
 
         training_args.reward_weights = list(self.rewards.values())
-        return [
+        functions = [
             find_function("rewards", name)
             if name != "reward_model"
             else self._load_reward_model(training_args, model_args)
             for name in self.rewards
         ]
+        if self.judge is not None:
+            functions.append(self._load_classifier(self.judge))
+            functions[-1].__name__ = "judge"  # by which its scores are logged
+            training_args.reward_weights.append(0.0)
+        return functions
+
+    def callbacks(self) -> list:
+        """What the trainer calls besides its own: transformers' early stopping, where it is asked for."""
+        from transformers import EarlyStoppingCallback
+
+        patience = self.early_stopping_patience
+        return [] if patience is None else [EarlyStoppingCallback(patience)]
+
+    def _load_classifier(self, path: str):
+        from trl_ppo import RewardModel
+
+        settings = {"label": self.reward_label, "max_length": self.reward_max_length, "dtype": self.reward_dtype}
+        return RewardModel(path, batch_size=self.reward_batch_size, **settings)
 
     def _load_reward_model(self, training_args, model_args):
         from trl import get_quantization_config
 
         from rewards import ensemble, preference, reference_sampler
-        from trl_ppo import RewardModel
 
-        settings = {"label": self.reward_label, "max_length": self.reward_max_length, "dtype": self.reward_dtype}
-        models = [RewardModel(path, batch_size=self.reward_batch_size, **settings) for path in self.reward_models]
+        models = [self._load_classifier(path) for path in self.reward_models]
         reward = ensemble(models, self.reward_variance_coef) if len(models) > 1 else models[0]
         if not self.preference_as_reward:
             return reward

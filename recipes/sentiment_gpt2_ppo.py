@@ -44,6 +44,7 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
+        callbacks=script_args.callbacks(),
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )

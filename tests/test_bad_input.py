@@ -183,6 +183,12 @@ BAD_SETTINGS = [
     ({"reward_variance_coef": 1.0, "reward_model": ["a/b"]}, "reward_variance_coef: is for several classifiers; list"),
     ({"reward_variance_coef": -1.0}, "reward_variance_coef: -1.0 must not be negative"),
     ({"preference_as_reward": True}, "preference_as_reward: true, but rewards: does not name reward_model"),
+    ({"reward_model": "a/b", "judge": "a/b"}, "judge: 'a/b' is the reward model, which is optimised; give another"),
+    ({"judge": "/no/such"}, "judge: '/no/such' does not exist"),
+    (
+        {"early_stopping_patience": 2},
+        "early_stopping_patience: goes by the best checkpoint; set load_best_model_at_end",
+    ),
     ({"rewards": {"gone.py:f": 1.0}}, "rewards: cannot import gone.py:f: FileNotFoundError"),
     ({"rewards": {"math:no_such": 1.0}}, "rewards: cannot import math:no_such: AttributeError"),
     ({"rewards": {"math:pi": 1.0}}, "rewards: math:pi is not a function"),

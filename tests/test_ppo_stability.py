@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 
 from test_ppo_resume import StopAt, assert_same_end, job
 from test_ppo_trainer import give_completions, history, make_trainer, prompts, roll_out
-from trl_ppo import PPOConfig
 from trl_ppo.inputs import UserError
 from two_ranks import fixed_completion
 
@@ -248,9 +247,30 @@ def test_a_run_that_begins_above_the_kl_ceiling_is_one_line(gpt2_path, tmp_path)
         trainer._react_to_kl(torch.tensor([1.0, 3.0]))
 
 
-def test_a_kl_ceiling_is_refused_next_to_the_best_model():
-    with pytest.raises(ValueError, match=r"^stop_at_kl: load_best_model_at_end would put another policy in its place"):
-        PPOConfig("none", use_cpu=True, bf16=False, stop_at_kl=1.0, load_best_model_at_end=True)
+class LaterIsBetter(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_objective/scores"] = float(state.global_step)
+
+
+def test_below_a_kl_ceiling_the_best_checkpoint_is_what_is_left(gpt2_path, tmp_path, capsys):
+    set = {"eval_dataset": prompts(8), "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    free, _, _ = watched_run(gpt2_path, tmp_path / "free", callbacks=[LaterIsBetter()], **set)
+    kl = {row["step"]: row["eval_objective/kl"] for row in free.state.log_history if "eval_objective/kl" in row}
+    assert free.state.best_model_checkpoint.endswith(f"checkpoint-{max(kl)}")
+
+    first, second, *_ = sorted(kl)
+    assert kl[first] < kl[second]
+    ceiling = (kl[first] + kl[second]) / 2
+    set |= {"callbacks": [LaterIsBetter()], "stop_at_kl": ceiling}
+    stopped = job(gpt2_path, tmp_path / "stopped", learning_rate=1e-2, logging_steps=4, **set)
+    measured, training_kl = stopped.ceiling.measured, iter([0.0, 0.0, ceiling + 1])
+    stopped.ceiling.measured = lambda _: measured(next(training_kl))
+    stopped.train()
+    assert stopped.state.global_step == second + 1, "the second checkpoint was there to be chosen"
+    assert stopped.state.best_model_checkpoint.endswith(f"checkpoint-{first}")
+    saved, (own, _) = load_file(tmp_path / "stopped" / f"checkpoint-{first}" / "model.safetensors"), weights(stopped)
+    assert all(torch.equal(saved[name], own[name]) for name in saved)
+    assert f"; the best checkpoint, checkpoint-{first}, is kept\n" in capsys.readouterr().out
 
 
 # --- sync_ref_model -------------------------------------------------------------------------------------------------

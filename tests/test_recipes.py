@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import shutil
 import sys
 import typing
 from dataclasses import fields
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
@@ -341,6 +343,32 @@ def test_a_reward_of_weight_0_is_logged_and_changes_nothing(toy_run, tmp_path):
     logged = {name for entry in both.state.log_history for name in entry}
     assert "rewards/repetition_penalty" in logged
     assert "rewards/repetition_penalty" not in {name for entry in alone.state.log_history for name in entry}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_judge_that_changes_nothing_picks_the_checkpoint_and_ends_a_run_that_gets_no_better(
+    toy_run, tmp_path, algorithm
+):
+    folder, _ = toy_run
+    judge = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    torch.nn.init.zeros_(judge.score.weight)  # nothing is better than anything
+    shutil.copytree(folder / "reward", tmp_path / "judge")
+    judge.save_pretrained(tmp_path / "judge")
+    options = ["--model_name_or_path", str(folder / "sft"), "--reward_model", str(folder / "reward")]
+    options += ["--dataset_name", str(folder / "data" / "prompts"), "--disable_tqdm", "true", "--algorithm", algorithm]
+    options += ["--total_episodes", "96", "--per_device_train_batch_size", "16", "--max_completion_length", "6"]
+    options += ["--num_iterations", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    options += ["--eval_strategy", "steps", "--eval_steps", "1", "--test_prompts", "12"]
+    picks = ["--judge", str(tmp_path / "judge"), "--load_best_model_at_end", "true", "--early_stopping_patience", "2"]
+
+    free = run("sentiment_gpt2_ppo", "--config", "tiny", *options, "--output_dir", str(tmp_path / "free"))
+    picked = run("sentiment_gpt2_ppo", "--config", "tiny", *options, *picks, "--output_dir", str(tmp_path / "picked"))
+    assert free.state.global_step == 6
+    assert picked.state.global_step == 3
+    assert picked.state.best_metric == 0
+    assert picked.state.best_model_checkpoint.endswith("checkpoint-1")
+    third, ours = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("free", "picked"))
+    assert all(torch.equal(third[name], ours[name]) for name in third)
 
 
 def test_the_chance_to_beat_the_reference_by_several_reward_models_is_trained_on_and_logged(toy_run, tmp_path):

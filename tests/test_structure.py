@@ -33,6 +33,7 @@ OVERRIDES = {
     "prediction_step": "an evaluation samples; it has no loss",
     "_save": "the critic next to the policy",
     "train": "resumes from complete checkpoints only, with the critic and beta",
+    "_determine_best_metric": "no checkpoint past stop_at_kl is the best one",
     "_load_best_model": "the critic of the best checkpoint",
 }
 

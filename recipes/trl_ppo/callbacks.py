@@ -144,7 +144,8 @@ class StopAtKL(TrainerCallback):
     """Ends training at the first rollout whose KL passes `stop_at_kl`, with the weights of the rollout before it.
 
     KL is that of the policy that sampled a rollout, before its updates: `kept` is a copy on the CPU of all trained
-    weights, the critic's too, as they were before the updates of the last rollout below the ceiling.
+    weights, the critic's too, as they were before the updates of the last rollout below the ceiling. With
+    `load_best_model_at_end` it only ends training, and keeps checkpoints past it from being the best.
     """
 
     def __init__(self, trainer):
@@ -164,6 +165,10 @@ class StopAtKL(TrainerCallback):
         else:
             self.passed = kl
 
+    def allows(self, metrics):
+        """Whether a checkpoint with these held-out metrics is below the ceiling."""
+        return metrics["eval_objective/kl"] <= self.limit
+
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         """Called after each optimiser step; that first one past the ceiling is undone with those before it."""
@@ -173,10 +178,12 @@ class StopAtKL(TrainerCallback):
             control.should_log = control.should_training_stop = True
             control.should_save = False  # a run that resumes from its last checkpoint stops at the same rollout
             rollout = (state.global_step - 1) // args.steps_per_rollout  # counted from 0
+            kept = f"the policy of rollout {rollout}, after step {(rollout - 1) * args.steps_per_rollout}"
+            if state.best_model_checkpoint:  # which Trainer then loads
+                kept = f"the best checkpoint, {Path(state.best_model_checkpoint).name}"
             self.trainer.accelerator.print(
                 f"stop_at_kl: training ends: rollout {rollout + 1} has a KL of {self.passed:.3g} nats, above "
-                f"{self.limit:g}; the policy of rollout {rollout}, after step {(rollout - 1) * args.steps_per_rollout}"
-                ", is kept",
+                f"{self.limit:g}; {kept}, is kept",
                 flush=True,
             )
 

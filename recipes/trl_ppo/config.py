@@ -81,8 +81,8 @@ class PPOConfig(GRPOConfig):
     kl_horizon: int = setting(10_000, "Episodes over which an adaptive β reacts.")
     stop_at_kl: float | None = setting(
         None,
-        "End training at the first rollout whose KL per completion passes this, with the policy of the one before "
-        "(past some KL the true reward falls: arXiv:2210.10760).",
+        "End training at the first rollout whose KL per completion passes this, with the policy of the one before, or "
+        "the best checkpoint below it (past some KL the true reward falls: arXiv:2210.10760).",
     )
     stop_epochs_at_kl: float | None = setting(
         None, "Skip the rest of a rollout's epochs once approxkl (new against old policy, per token) passes this."
@@ -140,10 +140,6 @@ class PPOConfig(GRPOConfig):
         local_rollout = self.per_device_train_batch_size * self.steps_per_generation
         if local_rollout < 2:
             raise ValueError("per_device_train_batch_size: a rollout of 1 completion has no variance to whiten; use 2")
-        if self.load_best_model_at_end and self.stop_at_kl is not None:
-            raise ValueError(
-                "stop_at_kl: load_best_model_at_end would put another policy in its place; give one of them"
-            )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "objective/scores"
         self._round_to_rollouts()

@@ -30,7 +30,7 @@ RANGES = {
         "eval_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
         "lora_alpha reward_max_length reward_batch_size max_prompt_tokens test_prompts test_rows train_pairs "
         "test_pairs scratch_width scratch_heads scratch_vocab first_characters lam_length_alpha stop_at_kl "
-        "ref_model_sync_steps",
+        "ref_model_sync_steps early_stopping_patience",
     ),
     "must not be negative": (
         lambda x: x >= 0,

@@ -122,7 +122,8 @@ class PPOTrainer(GRPOTrainer):
             self._react_to_kl(kl.sum(1))
         advantages = formulas.whiten(advantages, mask, reduce=self._sum_over_ranks)
         if self.log_completions:
-            self._keep_for_table(prompts, completions, advantages.sum(1) / mask.sum(1))
+            means = advantages.sum(1) / mask.sum(1)
+            self._keep_for_table(prompt=prompts, completion=completions, advantages=means.tolist())
         if self.args.vllm_importance_sampling_correction and (sampler := batch.get("sampler_logprobs")) is not None:
             advantages = advantages * sampler_weights(self, policy.logprobs, sampler, mask)
         old = {"old_logprobs": policy.logprobs, "old_values": policy.state_values}
@@ -199,9 +200,7 @@ class PPOTrainer(GRPOTrainer):
                 sums = self._sum_over_ranks(torch.stack([torch.ones_like(scores), scores, scores**2]).sum(1))
                 self.score_sums = [a + b for a, b in zip(self.score_sums, sums.tolist(), strict=True)]
             scores = formulas.normalise(scores, *self.score_sums)
-        if self.args.score_clip is not None:
-            scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
-        return scores
+        return scores if (clip := self.args.score_clip) is None else scores.clamp(-clip, clip)
 
     def _react_to_kl(self, sequence_kl):
         """What the KL of all ranks' completions decides: whether training ends, and the next β."""
@@ -315,11 +314,10 @@ class PPOTrainer(GRPOTrainer):
             values, mask = self.accelerator.gather_for_metrics((values, mask))
         self._metrics[self._mode].setdefault(name, RunningMean(self._sum_over_ranks)).add(values, mask)
 
-    def _keep_for_table(self, prompts, completions, mean_advantages):
+    def _keep_for_table(self, **columns):
         """What the parent's `log` shows as a table, in the terminal and in W&B, next to the scores."""
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(completions))
-        self._logs["advantages"].extend(self.accelerator.gather(mean_advantages).tolist())
+        for name, column in columns.items():
+            self._logs[name].extend(gather_object(column))
 
     # -- Checkpoints -----------------------------------------------------------------------------------------
 
@@ -342,6 +340,9 @@ class PPOTrainer(GRPOTrainer):
                 return TrainOutput(self.state.global_step, 0.0, {})
         with StopOnSignal(self):
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _determine_best_metric(self, metrics, trial):
+        return (self.ceiling is None or self.ceiling.allows(metrics)) and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self):
         super()._load_best_model()
