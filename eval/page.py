@@ -14,7 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from eval.figures import Picture, pictures
-from eval.tables import NONE, facts, label_of, sentences, tables, title_of, worst
+from eval.tables import NONE, facts, label_of, tables, title_of, worst
+from eval.verdict import sentences, verdict
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 MOST_SAMPLES = 1000  # in the page; results.json has them all
@@ -41,6 +42,7 @@ def render_page(results: dict) -> str:
         style=Markup(style),
         script=Markup(script),
         title=visible(title_of(results)),
+        verdict=verdict(results),
         sentences=sentences(results),
         tables=tables(results),
         pictures=[

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from eval.tables import NONE, Table, facts, label_of, sentences, table_rows, tables, title_of, worst
+from eval.tables import NONE, Table, facts, label_of, table_rows, tables, title_of, worst
+from eval.verdict import sentences, verdict
 from recipe_args import OneLineParser
 from trl_ppo.inputs import first_line
 
@@ -53,7 +54,8 @@ def code(text: str) -> str:
 
 def render(results: dict) -> str:
     """The whole report as Markdown."""
-    blocks = [f"# {escape(title_of(results))}", "\n".join(f"- {readable(text)}" for text in sentences(results))]
+    blocks = [f"# {escape(title_of(results))}", readable(" ".join(verdict(results)))]
+    blocks += ["With 95 % intervals:", "\n".join(f"- {readable(text)}" for text in sentences(results))]
     for table in tables(results):
         blocks += [f"## {escape(table.title)}", markdown_table(table), escape(table.note)]
     blocks += [
@@ -70,7 +72,7 @@ def render(results: dict) -> str:
 
 
 def print_table(results: dict) -> None:
-    """Print the table of metrics on the terminal."""
+    """Print the table of metrics, and what they say in words, on the terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
@@ -81,6 +83,8 @@ def print_table(results: dict) -> None:
     for row in table_rows(results):
         table.add_row(*map(Text, row))  # Text: square brackets are not rich's markup here
     console.print(table)
+    for text in verdict(results):
+        console.print(Text(text))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,8 +1,7 @@
-"""The sentences, tables and facts of a report as plain text, from a results file alone; nothing here is escaped."""
+"""The tables and facts of a report as plain text, from a results file alone; nothing here is escaped."""
 
 from dataclasses import dataclass
 
-from eval.best_of_n import verdict_sentence
 from eval.overoptimisation import overoptimisation
 
 NONE = "–"
@@ -168,27 +167,6 @@ def best_of_table(results: dict) -> Table:
     return Table("Best-of-n", BEST_OF_NOTE.format(**found), header, rows)
 
 
-def sentences(results: dict) -> list[str]:
-    """The answer in words: better or not by each reward, at what price, and against best-of-n."""
-    metrics = results["over_runs"] if results["kind"] == "runs" else results["metrics"]
-    found = [_reward_sentence(results, name, each["mean"]) for name, each in metrics["rewards"].items()]
-    kl, length, trigrams = (metrics[name] for name in ("kl", "length", "distinct_trigrams"))
-    found.append(
-        f"The price: a KL to the base of {estimate_text(kl['tuned'])} nats per sequence; length changes by "
-        f"{estimate_text(length['difference'], '+')} tokens, the share of distinct trigrams by "
-        f"{estimate_text(trigrams['difference'], '+')}."
-    )
-    if "judged_base" in metrics:
-        win_rate, controlled, flips = (metrics[f"judged_base{key}"]["tuned"] for key in ("", "_lc", "_flips"))
-        found.append(
-            f"A pairwise judge, asked in both orders, has the tuned model win against the base on a share of "
-            f"{estimate_text(win_rate)}, at equal length {estimate_text(controlled)}; flip rate {estimate_text(flips)}."
-        )
-    if results["best_of_n"] and results["best_of_n"]["at_equal_kl"]:
-        found.append(verdict_sentence(results["best_of_n"]["at_equal_kl"], results["best_of_n"]["reward"]))
-    return found
-
-
 def facts(results: dict) -> dict[str, str]:
     """Where the results come from, by name."""
     prompts, memory = results["prompts"], results["peak_memory_bytes"]
@@ -269,20 +247,6 @@ def _pairs_tables(results: dict) -> list[Table]:
         for name, each in measured.items()
     ]
     return [Table("Judged pairs", PAIRS_NOTE, ["reward", *PAIR_LABELS.values(), "n"], rows)]
-
-
-def _reward_sentence(results: dict, name: str, mean: dict) -> str:
-    difference = mean["difference"]
-    if difference["low"] is None:
-        verdict = "differs, by one run"
-    elif difference["low"] > 0:
-        verdict = "is higher"
-    else:
-        verdict = "is lower" if difference["high"] < 0 else "shows no difference"
-    return (
-        f"By {label_of(results, name)} the tuned model's mean {verdict}: {mean['base']['mean']:z.3f} to "
-        f"{mean['tuned']['mean']:z.3f}, difference {estimate_text(difference, '+')}."
-    )
 
 
 def _judge_fact(found: dict) -> str:

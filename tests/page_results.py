@@ -34,7 +34,7 @@ def _run(rng: np.random.Generator, n: int) -> dict:
         "command": "python -m eval.compare --base base --tuned tuned",
         "created": "2026-01-01T00:00:00+00:00",
         "seed": 0,
-        "settings": {"n_prompts": n, "n_samples": 5, "temperature": 1.0},
+        "settings": {"n_prompts": n, "n_samples": 5, "temperature": 1.0, "max_new_tokens": 8},
         "prompts": {"source": "data", "split": "test", "column": "prompt", "n": n, "sha256": "0" * 64},
         "models": {"base": {"path": "runs/base", "sha256": "1" * 64}},
         "rewards": {

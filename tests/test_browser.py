@@ -2,12 +2,14 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from eval.page import render_page
 from page_results import HOSTILE, make_results, make_runs_results
+from preferences import load_pairs
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 OPTIONS = (
@@ -123,7 +125,7 @@ def test_every_picture_is_drawn_within_the_page(opened):
         " return [box.left, box.right, box.width, box.height, drawn.width, drawn.height,"
         " svg.querySelectorAll('path, use').length] })"
     )
-    assert len(boxes) == 8
+    assert len(boxes) == 9
     for left, right, width, height, drawn_width, drawn_height, marks in boxes:
         assert left >= 0
         assert right <= 1200
@@ -256,3 +258,40 @@ def test_every_control_and_picture_has_a_name_for_those_who_cannot_see_it(opened
     found = [(role, name) for role, name in named if role in roles]
     assert {"combobox", "spinbutton", "button", "image"} <= {role for role, _ in found}
     assert all(name.strip() for _, name in found)
+
+
+# --- Judging blind ----------------------------------------------------------------------------------------------
+
+
+def test_choices_made_blind_by_key_and_button_become_pairs_that_the_reward_recipe_reads(opened, results, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    section = opened.find_element("id", "blind")
+    assert "prompt" not in [each.get_attribute("id") for each in section.find_elements("css selector", ".base, .tuned")]
+    section.find_element("id", "blind-start").click()
+    found = []
+    for key in ("1", "2", "0", None):
+        prompt, first, second = (each.text for each in section.find_elements("css selector", ".text"))
+        if key is None:
+            section.find_element("css selector", "[data-choice='1']").click()
+        else:
+            ActionChains(opened).send_keys(key).perform()
+        if key != "0":
+            found.append((prompt, first, second) if key == "1" else (prompt, second, first))
+    left = len(results["samples"]) - 4
+    assert section.find_element("id", "blind-said").text == f"3 chosen, {left} prompts are left"
+
+    opened.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    section.find_element("id", "blind-export").click()
+    exported, patience = tmp_path / "my_choices.jsonl", time.monotonic() + 20
+    while not exported.exists() and time.monotonic() < patience:
+        time.sleep(0.1)
+    rows = [json.loads(line) for line in exported.read_text().splitlines()]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == found
+    exported.rename(tmp_path / "train.jsonl")
+    assert load_pairs(str(tmp_path), "train")["chosen"] == [chosen for _, chosen, _ in found]
+    samples = {sample["prompt"]: sample for sample in results["samples"]}
+    for row in rows:
+        won, lost = row["source"].split(" over ")
+        assert samples[row["prompt"]][won]["completion"] == row["chosen"]
+        assert samples[row["prompt"]][lost]["completion"] == row["rejected"]

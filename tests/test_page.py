@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 from eval import figures, page
 from eval.report import SCHEMA_VERSION
+from eval.verdict import verdict
 from page_results import HOSTILE, make_results, make_runs_results
 
 REPORTS = sorted((ROOT / "eval" / "reports").glob("*/results.json"))
@@ -211,3 +212,56 @@ def test_a_page_of_several_runs_has_a_row_for_each_and_no_samples():
     assert all(run["name"] in rows for run in results["runs"])
     assert elements.named("script") == []
     assert len([svg for svg in elements.named("svg") if svg.get("role") == "img"]) == len(results["rewards"]) + 3
+
+
+# --- The verdict --------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_says_in_words_what_changed_and_whether_the_judge_agrees():
+    results = make_results()
+    metrics = results["metrics"]
+    for name, (base, tuned, low, high) in {"reward": (0.53, 0.98, 0.4, 0.5), "judge": (0.5, 0.4, -0.2, -0.1)}.items():
+        metrics["rewards"][name]["share_positive"] |= {"base": {"mean": base}, "tuned": {"mean": tuned}}
+        metrics["rewards"][name]["mean"]["difference"] |= {"low": low, "high": high}
+    first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
+    assert first == "By reward, 98 % of the tuned model's answers score above 0, and 53 % of the base's."
+    assert second.startswith("A judge that training never saw (judge) does not agree: 40 % of the tuned model's")
+    metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": -0.1, "high": 0.1}
+    assert "(judge) sees no difference: " in verdict(results)[1]
+    metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": 0.1, "high": 0.2}
+    assert "(judge) agrees: " in verdict(results)[1]
+
+
+def test_the_verdict_gives_means_where_every_score_is_on_one_side_of_0():
+    results = make_results()
+    results["metrics"]["rewards"]["reward"] |= {
+        "share_positive": {"base": {"mean": 0.0}, "tuned": {"mean": 0.0}},
+        "mean": {"base": {"mean": -14.24}, "tuned": {"mean": -8.06}, "difference": {"low": 5.0, "high": 7.0}},
+    }
+    assert verdict(results)[0] == (
+        "By reward, the tuned model's answers score -8.06 on average, and the base's -14.24."
+    )
+
+
+def test_the_verdict_warns_of_answers_that_are_cut_off_longer_or_alike():
+    results = make_results()
+    metrics = results["metrics"]
+    quiet = {
+        "length": {"base": {"mean": 20.0}, "tuned": {"mean": 21.0}},
+        "missing_eos": {"base": {"mean": 0.05}, "tuned": {"mean": 0.0}},
+        "distinct_trigrams": {"base": {"mean": 0.9}, "tuned": {"mean": 0.85}},
+    }
+    metrics |= quiet
+    said = len(verdict(results))
+    loud = {
+        "length": ({"base": {"mean": 20.0}, "tuned": {"mean": 26.0}}, "longer: 26.0 tokens instead of 20.0"),
+        "missing_eos": (
+            {"base": {"mean": 1.0}, "tuned": {"mean": 1.0}},
+            "All answers of both models are cut off by the",
+        ),
+        "distinct_trigrams": ({"base": {"mean": 0.9}, "tuned": {"mean": 0.7}}, "resemble each other more: 70"),
+    }
+    for name, (values, words) in loud.items():
+        metrics |= quiet | {name: values}
+        assert len(verdict(results)) == said + 1
+        assert words in verdict(results)[-1]

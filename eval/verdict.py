@@ -1,0 +1,122 @@
+"""What a comparison found, in words: first for someone who reads a report for the first time, then with intervals."""
+
+from eval.best_of_n import verdict_sentence
+from eval.tables import estimate_text, label_of
+
+NEWS = 0.1  # a share or a change below it is not worth a sentence of the verdict
+
+
+def verdict(results: dict) -> list[str]:
+    """Short sentences without intervals: what changed, how far from the base, who agrees, and what to look out for."""
+    metrics = results["over_runs"] if results["kind"] == "runs" else results["metrics"]
+    judges = [name for name in metrics["rewards"] if results["rewards"][name].get("judge")]
+    trained = next((name for name in metrics["rewards"] if name not in judges), None)
+    found = []
+    if trained is not None:
+        found.append(f"{_change(trained, metrics['rewards'][trained])}.")
+        found += [_agreement(name, metrics["rewards"][name], metrics["rewards"][trained]) for name in judges]
+    else:
+        found += [f"{_change(name, metrics['rewards'][name])}; training never saw this judge." for name in judges]
+    if "judged_base" in metrics:
+        share = metrics["judged_base"]["tuned"]["mean"]
+        found.append(
+            f"Asked which of two answers is better, the pairwise judge takes the tuned model's {_percent(share)} of "
+            "the time; 50 % would be no difference."
+        )
+    kl = metrics["kl"]["tuned"]["mean"]
+    found.append(f"The tuned model is {kl:.1f} nats (KL per answer) from where it started.")
+    if "rouge1" in metrics:
+        base, tuned = (100 * metrics["rouge1"][role]["mean"] for role in ("base", "tuned"))
+        found.append(f"ROUGE-1 against the references goes from {base:.1f} to {tuned:.1f}.")
+    return found + _warnings(metrics, results["settings"]["max_new_tokens"])
+
+
+def _change(name: str, reward: dict) -> str:
+    """What a reward says of both models: the share above 0 where that says anything, else the mean."""
+    base, tuned = (reward["share_positive"][role]["mean"] for role in ("base", "tuned"))
+    if min(base, tuned) < 1 - NEWS / 10 and max(base, tuned) > NEWS / 10:
+        shares = f"{_percent(tuned)} of the tuned model's answers score above 0, and {_percent(base)} of the base's"
+        return f"By {name}, {shares}"
+    base, tuned = (reward["mean"][role]["mean"] for role in ("base", "tuned"))
+    return f"By {name}, the tuned model's answers score {tuned:z.2f} on average, and the base's {base:z.2f}"
+
+
+def _agreement(name: str, judge: dict, reward: dict) -> str:
+    """Whether a judge sees the change that the reward does."""
+    if (way := _way(judge["mean"]["difference"])) == 0:
+        agrees = "sees no difference"
+    else:
+        agrees = "agrees" if way == _way(reward["mean"]["difference"]) else "does not agree"
+    says = _change(name, judge).removeprefix(f"By {name}, ")
+    return f"A judge that training never saw ({name}) {agrees}: {says}."
+
+
+def _way(difference: dict) -> int:
+    """1 if a difference is above 0, −1 if it is below; 0 if its interval holds 0."""
+    low, high = (difference[end] if difference[end] is not None else difference["mean"] for end in ("low", "high"))
+    return int(low > 0) - int(high < 0)
+
+
+def _warnings(metrics: dict, max_new_tokens: int) -> list[str]:
+    """What a reader should know before they believe the figures."""
+    found = []
+    base, tuned = (metrics["length"][role]["mean"] for role in ("base", "tuned"))
+    if abs(tuned / base - 1) > NEWS:
+        word = "longer" if tuned > base else "shorter"
+        found.append(f"Its answers are {word}: {tuned:.1f} tokens instead of {base:.1f}.")
+    base, tuned = (metrics["missing_eos"][role]["mean"] for role in ("base", "tuned"))
+    if max(base, tuned) > NEWS:
+        cut = (
+            "All answers of both models are"
+            if min(base, tuned) == 1
+            else (f"{_percent(tuned)} of the tuned model's answers and {_percent(base)} of the base's are")
+        )
+        found.append(f"{cut} cut off by the limit of {max_new_tokens} tokens; they are scored as they stand.")
+    base, tuned = (metrics["distinct_trigrams"][role]["mean"] for role in ("base", "tuned"))
+    if None not in (base, tuned) and base - tuned > NEWS:  # None: no answer has three words
+        found.append(
+            f"Its answers resemble each other more: {_percent(tuned)} of their trigrams are distinct, "
+            f"{_percent(base)} of the base's."
+        )
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
+def sentences(results: dict) -> list[str]:
+    """The answer with its intervals: better or not by each reward, at what price, and against best-of-n."""
+    metrics = results["over_runs"] if results["kind"] == "runs" else results["metrics"]
+    found = [_reward_sentence(results, name, each["mean"]) for name, each in metrics["rewards"].items()]
+    kl, length, trigrams = (metrics[name] for name in ("kl", "length", "distinct_trigrams"))
+    found.append(
+        f"The price: a KL to the base of {estimate_text(kl['tuned'])} nats per sequence; length changes by "
+        f"{estimate_text(length['difference'], '+')} tokens, the share of distinct trigrams by "
+        f"{estimate_text(trigrams['difference'], '+')}."
+    )
+    if "judged_base" in metrics:
+        win_rate, controlled, flips = (metrics[f"judged_base{key}"]["tuned"] for key in ("", "_lc", "_flips"))
+        found.append(
+            f"A pairwise judge, asked in both orders, has the tuned model win against the base on a share of "
+            f"{estimate_text(win_rate)}, at equal length {estimate_text(controlled)}; flip rate {estimate_text(flips)}."
+        )
+    if results["best_of_n"] and results["best_of_n"]["at_equal_kl"]:
+        found.append(
+            verdict_sentence(results["best_of_n"]["at_equal_kl"], results["best_of_n"]["reward"])
+            + " (Best-of-n trains nothing: it draws n answers of the base for each prompt and keeps the one that the "
+            "reward likes best.)"
+        )
+    return found
+
+
+def _reward_sentence(results: dict, name: str, mean: dict) -> str:
+    difference = mean["difference"]
+    if difference["low"] is None:
+        differs = "differs, by one run"
+    else:
+        differs = {1: "is higher", -1: "is lower", 0: "shows no difference"}[_way(difference)]
+    return (
+        f"By {label_of(results, name)} the tuned model's mean {differs}: {mean['base']['mean']:z.3f} to "
+        f"{mean['tuned']['mean']:z.3f}, difference {estimate_text(difference, '+')}."
+    )
