@@ -7,9 +7,17 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test memory-test mutants faults lint audit browser-test
 
+# On Linux pip's torch is CUDA's, gigabytes that a machine without an NVIDIA driver cannot use: there it is the CPU build,
+# unless its index cannot be reached.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
 .venv/.installed: requirements.txt
+	@echo "installing the packages into .venv, once; some minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null && \
+		curl --silent --fail --head --max-time 5 --output /dev/null $(CPU_WHEELS)/torch/; then \
+		echo "no NVIDIA driver: the CPU build of torch"; \
+		$(BIN)/python -m pip install "$$(grep ^torch== requirements.txt)" --index-url $(CPU_WHEELS); fi
+	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
 test: .venv/.installed
