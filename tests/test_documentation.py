@@ -19,7 +19,7 @@ from recipe_args import PPOArguments, parse
 from test_recipes import VARIANTS, YAMLS, name_of, script_of
 from trl_ppo import PPOConfig, PPOTrainer
 
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("eval/reports/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")]
 CODE = ("recipes", "data_prep", "eval", "benchmarks")
 SCRIPTS = [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
 CONFIGS = [*YAMLS, *sorted((ROOT / "accelerate_configs").glob("*.yaml"))]
