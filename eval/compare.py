@@ -101,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt_column", default="prompt")
     add("--reference_column", help="column of reference texts, for ROUGE")
     add("--prompt_tokens", type=at_least(1), nargs=2, metavar=("MIN", "MAX"), help="cut prompts at random lengths")
+    add("--shuffle", action="store_true", help="draw them by --seed: for a dataset sorted by label, such as IMDB")
     add("--max_prompt_tokens", type=at_least(1), help="leave out longer ones of the --n_prompts prompts")
     add("--split", default="test")
     add("--best_of", type=at_least(1), nargs="+", metavar="N", help="also best-of-N of the base by the first reward")
@@ -146,7 +147,8 @@ def make_plan(args) -> Plan:
     option = "--runs" if args.runs else "--sweep" if args.sweep else "--tuned"
     for target in targets:
         configs[target.path] = check_language_model(option, target.path)
-    prompts = load_prompts(args.prompts, args.split, args.prompt_column, args.n_prompts, args.reference_column)
+    shuffle = args.seed if args.shuffle else None
+    prompts = load_prompts(args.prompts, args.split, args.prompt_column, args.n_prompts, args.reference_column, shuffle)
     pairs = load_pairs(args.pairs, args.split, args.n_pairs) if args.pairs else None
     tokenizer = load_tokenizer(args.base)
     for target in targets:

@@ -50,10 +50,16 @@ class Prompts:
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
 
-def load_prompts(source: str, split: str, column: str, n: int, reference_column: str | None = None) -> Prompts:
-    """The first `n` rows, in order, fewer if there are fewer; UserError if two non-empty texts cannot be had."""
+def load_prompts(
+    source: str, split: str, column: str, n: int, reference_column: str | None = None, shuffle: int | None = None
+) -> Prompts:
+    """The first `n` rows, in order or in one drawn from the seed `shuffle`; fewer if there are fewer.
+
+    UserError if two non-empty texts cannot be had.
+    """
     columns = [column] + ([reference_column] if reference_column else [])
     rows = load_split(source, split, columns, key="--prompts")
+    rows = rows if shuffle is None else rows.shuffle(seed=shuffle)
     rows = rows.select(range(min(n, len(rows))))
     if len(rows) < 2:
         raise UserError(f"--prompts {source}: split {split} has {len(rows)} rows; an interval needs at least 2")

@@ -22,6 +22,7 @@ SETTINGS = (
     "temperature",
     "batch_size",
     "prompt_tokens",
+    "shuffle",
     "max_prompt_tokens",
     "n_samples",
     "best_of",

@@ -26,18 +26,18 @@ def verdict(results: dict) -> list[str]:
     kl = metrics["kl"]["tuned"]["mean"]
     found.append(f"The tuned model is {kl:.1f} nats (KL per answer) from where it started.")
     if "rouge1" in metrics:
-        base, tuned = (100 * metrics["rouge1"][role]["mean"] for role in ("base", "tuned"))
-        found.append(f"ROUGE-1 against the references goes from {base:.1f} to {tuned:.1f}.")
+        base, tuned = _means(metrics["rouge1"])
+        found.append(f"ROUGE-1 against the references goes from {100 * base:.1f} to {100 * tuned:.1f}.")
     return found + _warnings(metrics, results["settings"]["max_new_tokens"])
 
 
 def _change(name: str, reward: dict) -> str:
     """What a reward says of both models: the share above 0 where that says anything, else the mean."""
-    base, tuned = (reward["share_positive"][role]["mean"] for role in ("base", "tuned"))
+    base, tuned = _means(reward["share_positive"])
     if min(base, tuned) < 1 - NEWS / 10 and max(base, tuned) > NEWS / 10:
         shares = f"{_percent(tuned)} of the tuned model's answers score above 0, and {_percent(base)} of the base's"
         return f"By {name}, {shares}"
-    base, tuned = (reward["mean"][role]["mean"] for role in ("base", "tuned"))
+    base, tuned = _means(reward["mean"])
     return f"By {name}, the tuned model's answers score {tuned:z.2f} on average, and the base's {base:z.2f}"
 
 
@@ -60,11 +60,11 @@ def _way(difference: dict) -> int:
 def _warnings(metrics: dict, max_new_tokens: int) -> list[str]:
     """What a reader should know before they believe the figures."""
     found = []
-    base, tuned = (metrics["length"][role]["mean"] for role in ("base", "tuned"))
+    base, tuned = _means(metrics["length"])
     if abs(tuned / base - 1) > NEWS:
         word = "longer" if tuned > base else "shorter"
         found.append(f"Its answers are {word}: {tuned:.1f} tokens instead of {base:.1f}.")
-    base, tuned = (metrics["missing_eos"][role]["mean"] for role in ("base", "tuned"))
+    base, tuned = _means(metrics["missing_eos"])
     if max(base, tuned) > NEWS:
         cut = (
             "All answers of both models are"
@@ -72,13 +72,18 @@ def _warnings(metrics: dict, max_new_tokens: int) -> list[str]:
             else (f"{_percent(tuned)} of the tuned model's answers and {_percent(base)} of the base's are")
         )
         found.append(f"{cut} cut off by the limit of {max_new_tokens} tokens; they are scored as they stand.")
-    base, tuned = (metrics["distinct_trigrams"][role]["mean"] for role in ("base", "tuned"))
+    base, tuned = _means(metrics["distinct_trigrams"])
     if None not in (base, tuned) and base - tuned > NEWS:  # None: no answer has three words
         found.append(
             f"Its answers resemble each other more: {_percent(tuned)} of their trigrams are distinct, "
             f"{_percent(base)} of the base's."
         )
     return found
+
+
+def _means(metric: dict) -> list[float | None]:
+    """Base's and tuned model's, None where there is none."""
+    return [metric[role] and metric[role]["mean"] for role in ("base", "tuned")]
 
 
 def _percent(share: float) -> str:

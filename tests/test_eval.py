@@ -682,3 +682,15 @@ def test_the_table_and_the_path_of_the_report_are_printed(run, gpt2_path, capsys
     assert printed.splitlines()[-1] == f"Report: {output / 'report.md'} {output / 'report.html'}"
     labels = [label for name, label in tables.METRIC_LABELS.items() if not name.startswith("rouge")]
     assert all(label in printed for label in labels)
+
+
+def test_shuffled_prompts_are_drawn_from_all_rows_by_the_seed_with_their_references(tmp_path):
+    rows = [{"prompt": f"row {i}", "reference": str(i), "label": i // 50} for i in range(100)]  # sorted, as IMDB is
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, *others = (
+        prompts.load_prompts(str(tmp_path), "test", "prompt", 20, "reference", shuffle=seed) for seed in (None, 0, 0, 1)
+    )
+    assert first.texts == [f"row {i}" for i in range(20)]
+    assert others[0].texts == others[1].texts != others[2].texts
+    assert 4 < sum(others[0].columns["label"]) < 16
+    assert others[0].texts == [f"row {reference}" for reference in others[0].references]
