@@ -77,7 +77,8 @@ def _of_comparison(results: dict) -> Iterator[Picture]:
             results,
             lambda side, name=name: side["scores"][name],
         )
-    yield _histogram("length", "Completion length, tokens", results, lambda side: side["tokens"])
+    if len({sample[role]["tokens"] for sample in results["samples"] for role in SERIES}) > 1:  # else it shows nothing
+        yield _histogram("length", "Completion length, tokens", results, lambda side: side["tokens"])
     for name in results["rewards"]:
         yield _score_against_kl(results, name)
     if results["sweep"] or results["best_of_n"]:

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,6 +19,7 @@ from eval.tables import NONE, facts, label_of, tables, title_of, worst
 from eval.verdict import sentences, verdict
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+WIDE = ("frontier", "overoptimisation", "training")  # pictures of several panels
 MOST_SAMPLES = 1000  # in the page; results.json has them all
 # Controls but for tab and line feed, and characters that reorder text: they would show as something else.
 INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -45,10 +47,10 @@ def render_page(results: dict) -> str:
         verdict=verdict(results),
         sentences=sentences(results),
         tables=tables(results),
-        pictures=[
+        pictures=_in_a_grid(
             {"name": picture.name, "caption": picture.caption, "svg": _labelled(picture, svg)}
             for picture, svg in zip(drawn, svgs, strict=True)
-        ],
+        ),
         worst={name: worst(results, name) for name in names} if samples else {},
         samples=samples[:MOST_SAMPLES],
         n_samples=len(samples),
@@ -57,6 +59,16 @@ def render_page(results: dict) -> str:
         numbers_of=_numbers,
         facts=facts(results),
     )
+
+
+def _in_a_grid(pictures: Iterable[dict]) -> list[dict]:
+    """The pictures in two columns, `full` where one takes both: wide ones, and one that would stand alone."""
+    pictures, small = list(pictures), 0
+    for picture, following in zip(pictures, [*pictures[1:], {"name": WIDE[0]}], strict=True):
+        wide = picture["name"] in WIDE
+        picture["full"] = wide or (small % 2 == 0 and following["name"] in WIDE)
+        small = 0 if wide else small + 1
+    return pictures
 
 
 def visible(text: str) -> str:

@@ -61,8 +61,9 @@ BEST_OF_NOTE = (
 )
 OVEROPTIMISATION_NOTE = (
     "Least squares of the gain over the base, with d = √KL: d(α − β log d) for the run's checkpoints, d(α − βd) for "
-    "best-of-n (Gao et al. 2023, arXiv:2210.10760). A peak beyond the checkpoints' own KL is an extrapolation. Where a "
-    "judge is highest before the reward is, the run has over-optimised the reward from there on."
+    "best-of-n (Gao et al. 2023, arXiv:2210.10760). Where β is below 0 the gain has not begun to level off. A peak "
+    "beyond the checkpoints' own KL is an extrapolation. Where a judge is highest before the reward is, the run has "
+    "over-optimised the reward from there on."
 )
 PAIRS_NOTE = (
     "How each reward orders judged pairs, ties counting half. The rest holds for reward models trained by the "

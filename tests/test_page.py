@@ -265,3 +265,30 @@ def test_the_verdict_warns_of_answers_that_are_cut_off_longer_or_alike():
         metrics |= quiet | {name: values}
         assert len(verdict(results)) == said + 1
         assert words in verdict(results)[-1]
+
+
+# --- Pictures in a grid -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "full"),
+    [
+        ("ab", ""),
+        ("abc", "c"),
+        ("ab frontier c", "frontier c"),
+        ("abc training", "c training"),
+        ("training", "training"),
+    ],
+)
+def test_no_picture_stands_alone_in_its_row(names, full):
+    names = [each for word in names.split() for each in ([word] if word in page.WIDE else word)]
+    found = [picture["name"] for picture in page._in_a_grid({"name": name} for name in names) if picture["full"]]
+    assert found == full.split()
+
+
+def test_lengths_that_are_all_the_same_are_not_drawn():
+    results = make_results()
+    assert "length" in [picture.name for picture in figures.pictures(results)]
+    for sample in results["samples"]:
+        sample["base"]["tokens"] = sample["tuned"]["tokens"] = 24
+    assert "length" not in [picture.name for picture in figures.pictures(results)]
