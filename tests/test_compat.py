@@ -31,7 +31,9 @@ import trl_ppo
 from conftest import ROOT, SENTENCES
 from test_ppo_trainer import give_completions, history, letter_share
 from trl_ppo import RewardModel, compat
+from trl_ppo.checkpoints import load_state
 from trl_ppo.compat import PPOConfig, PPOTrainer
+from trl_ppo.doctor import look_at_scores
 from trl_ppo.inputs import UserError
 
 # The fields that TRL 1.12's PPOConfig had of its own, with their defaults, but for `world_size`.
@@ -363,18 +365,21 @@ def test_the_score_is_read_at_the_last_token_also_after_an_end_at_once(gpt2_path
             assert told == pytest.approx(classifier.score(states)[0, -1, 0].item(), abs=1e-6)
 
 
-def test_the_doctor_swaps_the_prompts_of_a_reward_model_too(gpt2_path, classifier_path, tmp_path, capsys):
+def test_the_doctor_swaps_the_prompts_of_a_reward_model_too(gpt2_path, classifier_path, tmp_path):
     blind = AutoModelForSequenceClassification.from_pretrained(classifier_path)
     with torch.no_grad():  # its score is read from the last token's embedding
         for name, weight in blind.named_parameters():
             if "c_proj" in name or "wpe" in name:
                 weight.zero_()
-    trainer = build(gpt2_path, classifier_path, tmp_path, reward_model=blind)
-    trainer.train()
-    assert "doctor (blind): reward reward_model" in capsys.readouterr().out
+    found = []
+    for reward_model in (blind, AutoModelForSequenceClassification.from_pretrained(classifier_path)):
+        trainer = build(gpt2_path, classifier_path, tmp_path, reward_model=reward_model)
+        trainer._rollout = roll_out(trainer)
+        found.append([bool(true) for name, true, *_ in look_at_scores(trainer) if name == "blind"])
+    assert found == [[True], [False]]
 
 
-def test_the_critic_starts_from_the_value_models_weights(gpt2_path, classifier_path, tmp_path):
+def test_the_critic_starts_from_the_value_models_weights_learns_and_is_saved(gpt2_path, classifier_path, tmp_path):
     value_model = AutoModelForSequenceClassification.from_pretrained(classifier_path, dtype=torch.bfloat16)
     with torch.no_grad():
         value_model.score.weight.normal_()  # so that no file has them
@@ -388,8 +393,12 @@ def test_the_critic_starts_from_the_value_models_weights(gpt2_path, classifier_p
         assert torch.equal(weight, theirs), name
     trainer.train()
     trainer.save_model()
-    saved = load_file(tmp_path / "critic.safetensors")
-    assert not torch.equal(saved["head.weight"], before["score.weight"])
+    assert not torch.equal(trainer.policy.critic.head.weight, before["score.weight"])
+    fresh = build(gpt2_path, classifier_path, tmp_path)
+    load_state(fresh, tmp_path)  # as a run that resumes does
+    trained = trainer.policy.critic.state_dict()
+    for name, weight in fresh.policy.critic.state_dict().items():
+        assert torch.equal(weight, trained[name]), name
 
 
 def test_without_a_value_model_the_critic_is_a_head_on_the_policy(gpt2_path, classifier_path, tmp_path):
@@ -422,28 +431,18 @@ def test_without_a_reference_it_is_a_copy_of_the_policy_and_not_of_its_folder(gp
     with torch.no_grad():
         policy.transformer.wpe.weight.normal_()
     trainer = build(gpt2_path, classifier_path, tmp_path, model=policy, ref_model=None)
-    trainer.train()
-    assert [abs(kl) < 1e-5 for kl in history(trainer, "objective/kl")] == [True, False]
+    rollout = roll_out(trainer)
+    torch.testing.assert_close(trainer._ref_logprobs(rollout).logprobs, rollout["old_logprobs"], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        policy.transformer.wpe.weight.normal_()  # as training would
+    assert (trainer._ref_logprobs(rollout).logprobs - trainer.logprobs(policy, rollout).logprobs).abs().max() > 0.01
 
 
 def test_a_function_is_a_reward_in_the_place_of_a_model(gpt2_path, classifier_path, tmp_path):
     trainer = build(gpt2_path, classifier_path, tmp_path, reward_model=letter_share)
-    trainer.train()
-    assert len(history(trainer, "rewards/letter_share")) == 2
-
-
-def test_a_run_resumes_with_the_critic_of_its_checkpoint(gpt2_path, classifier_path, tmp_path):
-    kept = {"save_strategy": "steps", "save_steps": 1, "total_episodes": 8}
-    whole = build(gpt2_path, classifier_path, tmp_path, kept)
-    whole.train()
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = build(gpt2_path, classifier_path, tmp_path, kept)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 4
-    for (name, ours), theirs in zip(
-        resumed.policy.state_dict().items(), whole.policy.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs), name
+    give_completions(trainer, [trainer.processing_class("eel").input_ids] * 4)
+    roll_out(trainer)
+    assert [*trainer._logs["rewards"]["letter_share"]] == [pytest.approx(2 / 3)] * 4
 
 
 # --- Prompts --------------------------------------------------------------------------------------------------------
@@ -490,13 +489,16 @@ def test_samples_are_shown_as_often_as_asked_for_and_leave_training_as_it_is(
     monkeypatch.setattr(compat, "print_prompt_completions_sample", lambda *args: shown.append(args))
     tokenizer = AutoTokenizer.from_pretrained(gpt2_path)
     rows = token_rows(tokenizer, 10)
-    trainer = build(
-        gpt2_path, classifier_path, tmp_path, {"num_sample_generations": 2, "total_episodes": 16}, eval_dataset=rows
-    )
+    four_rollouts = {"num_sample_generations": 2, "total_episodes": 16, "num_ppo_epochs": 1, "log_completions": True}
+    trainer = build(gpt2_path, classifier_path, tmp_path, four_rollouts, eval_dataset=rows)
     trainer.train()
-    assert [args[-1] for args in shown] == [2, 6]  # after rollouts 1 and 3 of 4, of 2 steps each
+    assert [args[-1] for args in shown] == [1, 3]  # after these steps, of one each
+    assert len([*(tmp_path / "completions").iterdir()]) == 4, "what log_completions writes of each rollout"
     trainer.model.train()
+    temperatures, sample = [], trainer._sample
+    trainer._sample = lambda prompts: temperatures.append(trainer.generation_config.temperature) or sample(prompts)
     trainer.generate_completions()
+    assert temperatures == [0.01] * 2  # batches
     prompts, completions, scores, *_ = shown[-1]
     assert len(prompts) == len(completions) == len(scores["score"]) == 5
     assert trainer.generation_config.temperature == 0.7

@@ -27,10 +27,8 @@ from .critic import attach_critic
 from .inputs import UserError
 from .reward_model import RewardModel, label_index
 
-SIZES = ("batch_size", "local_batch_size", "micro_batch_size", "mini_batch_size", "local_mini_batch_size")
 FOLLOWS = "it follows from per_device_train_batch_size, gradient_accumulation_steps and total_episodes; set those"
 ADAPTER = "leave it out: the reference is the policy as it starts"
-IN_STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps", "max_steps")
 
 
 @dataclass
@@ -95,16 +93,16 @@ class PPOConfig(config.PPOConfig):
         share = batch // self.num_mini_batches
         self.per_device_train_batch_size = math.gcd(self.per_device_train_batch_size, share)
         self.gradient_accumulation_steps = share // self.per_device_train_batch_size
-        for name in IN_STEPS:
+        for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps", "max_steps"):
             if (getattr(self, name) or 0) >= 1:  # below, it is a share of all steps
                 setattr(self, name, int(getattr(self, name)) * self.steps_per_rollout)
         super().__post_init__()
-        if self.model_init_kwargs == {"device_map": None}:
+        if self.model_init_kwargs.keys() == {"device_map"}:  # ours, not the user's
             self.model_init_kwargs = None  # the models are loaded already: the parent would warn of it
         ranks = self.generation_batch_size // batch
-        sizes = (batch * ranks, batch, self.per_device_train_batch_size * ranks, share * ranks, share)
-        for name, size in zip(SIZES, sizes, strict=True):
-            setattr(self, name, size)
+        self.local_batch_size, self.batch_size = batch, batch * ranks
+        self.local_mini_batch_size, self.mini_batch_size = share, share * ranks
+        self.micro_batch_size = self.per_device_train_batch_size * ranks
         self.num_total_batches = self.total_episodes and self.total_episodes // self.batch_size
 
 
@@ -215,7 +213,7 @@ class TokenReward(RewardModel):
         self.model, self.tokenizer = model.to(args.device).eval().requires_grad_(False), tokenizer
         self.device, self.batch_size = args.device, args.local_rollout_forward_batch_size
         self.label = label_index("reward_model", model.config.id2label, None)
-        self._pad_token_id = self._set_padding("reward_model", model.config)
+        self._set_padding("reward_model", model.config)
         self.__name__ = "reward_model"
 
     def __call__(self, prompts, completions, completion_ids=None, **_):
@@ -273,7 +271,7 @@ def reference_for(policy, ref_model, peft_config):
     """Have the parent take this reference, where it would load one from the policy's path."""
     if peft_config is not None or is_peft_model(policy):
         if ref_model is not None:
-            raise UserError("ref_model: with PEFT it is the policy as it starts, its adapter off; give None")
+            raise UserError("ref_model: with PEFT it is the policy as it starts; give None")
     elif ref_model is None and is_deepspeed_zero3_enabled():
         raise UserError("ref_model: None, but ZeRO-3 has split the policy, of which it would be a copy; load it again")
     else:
