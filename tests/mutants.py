@@ -26,7 +26,7 @@ LORA, RANKS, DEVICE = (f"tests/test_ppo_{name}.py" for name in ("lora", "ranks",
 LOGPROBS, DECODING, REWARDS = (f"tests/test_{name}.py" for name in ("logprobs", "decoding", "rewards"))
 ENGINES, FAULTS, FIDELITY = (f"tests/test_{name}.py" for name in ("engines", "faults", "fidelity"))
 VLLM, BAD_INPUT, GROUPS = (f"tests/test_{name}.py" for name in ("vllm", "bad_input", "group_trainers"))
-DOCTOR = "tests/test_doctor.py"
+DOCTOR, COMPAT = "tests/test_doctor.py", "tests/test_compat.py"
 
 
 class Mutant(NamedTuple):
@@ -354,6 +354,32 @@ MUTANTS = [
     Mutant("negative KL is missed", "kl < -0.2 - 12.5 / n", "kl < -math.inf", DOCTOR),
     Mutant("a length that was at the limit from the start is a fault",
            "cut > 0.98 and cut - cut_first > max(0.1, 5 / n)", "cut > 0.98", DOCTOR),
+    # Code for TRL's old trainer
+    Mutant("an old name sets nothing",
+           "setattr(self, now, value if given else getattr(self, now))", "pass", COMPAT),
+    Mutant("a new name is lost to the old one's default",
+           "setattr(self, now, value if given else getattr(self, now))", "setattr(self, now, value)", COMPAT),
+    Mutant("old and new name may disagree",
+           "if given and getattr(self, now) not in (known[now].default, value):", "if False:", COMPAT),
+    Mutant("a rollout grows with its mini-batches", "share = batch // self.num_mini_batches", "share = batch", COMPAT),
+    Mutant("a step is an optimiser's", "int(getattr(self, name)) * self.steps_per_rollout)",
+           "int(getattr(self, name)))", COMPAT),
+    Mutant("the value model is left aside",
+           "if value_model is not None:\n            attach_critic(", "if False:\n            attach_critic(", COMPAT),
+    Mutant("prompts are tokenised again",
+           "return [prompt.ids for prompt in prompts], None, {}", "return super()._tokenize_prompts(prompts)", COMPAT),
+    Mutant("an end token in a prompt is padding",
+           "tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None",
+           "tokenizer.pad_token_id", COMPAT),
+    Mutant("the attention mask of prompts is ignored",
+           'batch.pop("attention_mask", None) or [[', 'batch.pop("attention_mask", None) and None or [[', COMPAT),
+    Mutant("the reference is loaded from the policy's folder",
+           "grpo_trainer.create_model_from_path = lambda *_, **__: ref_model", "pass", COMPAT),
+    Mutant("the reference is the policy itself",
+           "ref_model = ref_model or copy.deepcopy(policy)", "ref_model = ref_model or policy", COMPAT),
+    Mutant("samples are drawn as in training",
+           "sampler.temperature, 0.01, self", "sampler.temperature, sampler.temperature, self", COMPAT),
+    Mutant("training goes on at the temperature of samples", "sampler.temperature = before", "pass", COMPAT),
 ]  # fmt: skip
 
 

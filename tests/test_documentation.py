@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from trl import ModelConfig
+from trl import GRPOTrainer, ModelConfig
 
 from conftest import ROOT
 from recipe_args import PPOArguments, parse
@@ -90,11 +90,13 @@ def test_every_path_of_the_project_that_is_named_exists(path):
             assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
 
 
-def test_every_setting_that_the_table_of_old_names_maps_to_exists():
-    text = (ROOT / "recipes" / "README.md").read_text()
-    table = text.split("## From TRL's removed PPOConfig")[1].split("\n## ")[0]
+@pytest.mark.parametrize("heading", ["Names of PPOConfig", "From TRL 0.11 and older"])
+def test_every_setting_that_the_tables_of_old_names_map_to_exists(heading):
+    text = (ROOT / "recipes" / "from_trl.md").read_text()
+    table = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     known = set(PPOConfig.__dataclass_fields__) - set(PPOConfig.REFUSED)
-    known |= set(ModelConfig.__dataclass_fields__) | set(inspect.signature(PPOTrainer).parameters)
+    known |= set(ModelConfig.__dataclass_fields__)
+    known |= {*inspect.signature(PPOTrainer).parameters, *inspect.signature(GRPOTrainer).parameters}
     rows = [row.split("|")[2] for row in table.splitlines() if row.startswith("| `")]
     assert len(rows) > 15
     for row in rows:
@@ -175,6 +177,18 @@ def test_the_readmes_script_trains_as_it_stands(demo_folder):
     namespace = {}
     exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["trainer"].state.global_step == 64 // 8 * 4
+
+
+def test_the_guides_translation_of_an_old_script_trains_as_it_stands(demo_folder):
+    (code,) = [block for block in blocks(ROOT / "recipes" / "from_trl.md", "python") if "reward_funcs=" in block]
+    namespace = {}
+    exec(compile(code, "from_trl.md", "exec"), namespace)
+    trainer = namespace["trainer"]
+    assert trainer.state.global_step == 32 // 16 * 4 * 4
+    lengths = {len(trainer.processing_class(row["prompt"])["input_ids"]) for row in trainer.train_dataset}
+    assert min(lengths) == 2
+    assert max(lengths) == 7
+    assert (demo_folder / "runs" / "mine" / "critic.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *SCRIPTS], ids=lambda path: path.name)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 
 import trl_ppo
 from conftest import ROOT
 from test_ppo_trainer import make_trainer, roll_out
-from trl_ppo import PPOTrainer, logprobs
+from trl_ppo import PPOTrainer, compat, logprobs
 
 RECIPES = ROOT / "recipes"
 SHARED = {"rewards", "preferences", "recipe_args"}  # the modules of recipes/ that others may import
@@ -45,6 +46,16 @@ def test_the_trainer_overrides_these_methods_of_its_parent_and_no_others():
         ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (PPOTrainer, GRPOTrainer))
         takes_all = {"args", "kwargs"} & set(ours)
         assert takes_all or list(ours) == list(theirs), f"{name}: the parent's arguments have changed"
+
+
+def test_the_bridge_from_trls_old_trainer_overrides_one_hook_more_and_nothing_leans_on_it():
+    methods = {name for name, value in vars(compat.PPOTrainer).items() if inspect.isfunction(value)}
+    assert {name for name in methods if hasattr(GRPOTrainer, name)} == {"__init__", "_tokenize_prompts"}
+    ours, theirs = (inspect.signature(cls._tokenize_prompts).parameters for cls in (compat.PPOTrainer, GRPOTrainer))
+    assert list(ours) == list(theirs)
+    assert hasattr(grpo_trainer, "create_model_from_path"), "where the reference is put"
+    for path in [*modules("recipes"), *modules("eval"), *modules("benchmarks")]:
+        assert not any(name.endswith("compat") for name, _, _ in imports(path)), path
 
 
 # --- Imports --------------------------------------------------------------------------------------------------------

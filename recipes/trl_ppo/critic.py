@@ -45,16 +45,16 @@ class ValueModel(nn.Module):
     another vocabulary than the policy's.
     """
 
-    def __init__(self, path, vocab_size, **init_kwargs):
+    def __init__(self, path, vocab_size, classifier=None, **init_kwargs):
         super().__init__()
-        what, key = "a trained classifier", "value_model_path: "
-        classifier = load_whole(AutoModelForSequenceClassification, path, what, key, **init_kwargs)
+        what, key = "a trained classifier", "value_model_path: " if classifier is None else "value_model: "
+        classifier = classifier or load_whole(AutoModelForSequenceClassification, path, what, key, **init_kwargs)
         head = getattr(classifier, "score", None)
         if head is None or head.out_features != 1:
-            raise UserError(f"value_model_path: '{path}' is not a causal sequence classifier with one label")
+            raise UserError(f"{key}'{path}' is not a causal sequence classifier with one label")
         if classifier.config.vocab_size != vocab_size:
             raise UserError(
-                f"value_model_path: '{path}' has a vocabulary of {classifier.config.vocab_size} tokens, the policy one "
+                f"{key}'{path}' has a vocabulary of {classifier.config.vocab_size} tokens, the policy one "
                 f"of {vocab_size}; the critic reads the policy's tokens, so train it with the policy's tokenizer"
             )
         self.trunk, self.head = classifier.base_model, head
@@ -67,10 +67,15 @@ class ValueModel(nn.Module):
             return self.head(states.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
-def attach_critic(policy, args, device):
-    """Put the critic that the settings ask for on the policy, which is saved as if it had none."""
+def attach_critic(policy, args, device, classifier=None):
+    """Put the critic that the settings ask for on the policy, which is saved as if it had none; or a `classifier` that
+    is loaded already, whose weights are then the critic's own."""
     config = policy.config.get_text_config()
-    if args.value_model_path is None:
+    if classifier is not None:
+        policy.critic = ValueModel(classifier.config._name_or_path, config.vocab_size, classifier).to(
+            device, torch.float32
+        )
+    elif args.value_model_path is None:
         dtype = policy.dtype if is_deepspeed_zero3_enabled() else torch.float32  # ZeRO-3 wants one type of weight
         policy.critic = ValueHead(config.hidden_size, args.seed).to(device, dtype)
     else:
