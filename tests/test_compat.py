@@ -244,7 +244,7 @@ def test_every_setting_of_trl_1_12_is_there_with_its_default():
 
 def documented():
     """{TRL 1.12's name: what the guide says it is here}, from the table."""
-    text = (ROOT / "recipes" / "from_trl.md").read_text()
+    text = (ROOT / "recipes" / "guides" / "from_trl.md").read_text()
     table = text.split("## Names of PPOConfig")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in table.splitlines() if row.startswith("| `")]
     return {name: now for names, now in rows for name in re.findall(r"`(\w+)`", names)}

@@ -92,7 +92,7 @@ def test_every_path_of_the_project_that_is_named_exists(path):
 
 @pytest.mark.parametrize("heading", ["Names of PPOConfig", "From TRL 0.11 and older"])
 def test_every_setting_that_the_tables_of_old_names_map_to_exists(heading):
-    text = (ROOT / "recipes" / "from_trl.md").read_text()
+    text = (ROOT / "recipes" / "guides" / "from_trl.md").read_text()
     table = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     known = set(PPOConfig.__dataclass_fields__) - set(PPOConfig.REFUSED)
     known |= set(ModelConfig.__dataclass_fields__)
@@ -180,7 +180,9 @@ def test_the_readmes_script_trains_as_it_stands(demo_folder):
 
 
 def test_the_guides_translation_of_an_old_script_trains_as_it_stands(demo_folder):
-    (code,) = [block for block in blocks(ROOT / "recipes" / "from_trl.md", "python") if "reward_funcs=" in block]
+    (code,) = [
+        block for block in blocks(ROOT / "recipes" / "guides" / "from_trl.md", "python") if "reward_funcs=" in block
+    ]
     namespace = {}
     exec(compile(code, "from_trl.md", "exec"), namespace)
     trainer = namespace["trainer"]

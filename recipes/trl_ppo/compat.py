@@ -2,7 +2,7 @@
 
 >>> from trl_ppo.compat import PPOConfig, PPOTrainer
 
-Their arguments, settings, names and defaults; not their faults. The guide is recipes/from_trl.md.
+Their arguments, settings, names and defaults; not their faults. The guide is recipes/guides/from_trl.md.
 """
 
 import copy
