@@ -108,8 +108,7 @@ def run(main, script: str):
         main(script_args, training_args, model_args)
         path, _ = _choose_config(Path(script), sys.argv[1:])
         given = vars(script_args) | vars(training_args) | vars(model_args)
-        paths = {str(theirs): str(given[key]) for key, theirs in _read_yaml(path, path).items()}
-        command = terminal.next_command(path.read_text(encoding="utf-8"), paths)
+        command = terminal.next_command(path.read_text(encoding="utf-8"), _read_yaml(path, path), given)
         if command and os.environ.get("RANK", "0") == "0" and not given.get("dry_run"):
             print(f"next: {command}")
 
@@ -349,26 +348,26 @@ class OutputArguments(ScriptArguments):
                 raise UserError(f"output_dir: '{folder}' is where {key} is read from; give another folder")
         if main and not self.dry_run:
             lock_folder(folder)
-        there = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
-        there += [path.name for path in numbered(folder)]
         given = training_args.resume_from_checkpoint
-        if main and there and not numbered(folder) and str(given).lower() == "true" and not self.overwrite_output_dir:
-            raise UserError(
-                f"resume_from_checkpoint: '{folder}' holds a run that has ended and no checkpoint to go on from; leave "
-                "it out and give another output_dir, or --overwrite_output_dir true"
-            )
+        if main and str(given).lower() == "true" and not numbered(folder):
+            self._refuse_a_run(folder, [])  # before it says that there is nothing to resume from
         if not self.dry_run:
             training_args.resume_from_checkpoint = checkpoint_to_resume(given, training_args, self.CHECKPOINT_FILES)
         if not main or training_args.resume_from_checkpoint is not None:
             return
+        self._refuse_a_run(folder, numbered(folder))
+        if not self.dry_run:
+            set_aside(numbered(folder))
+
+    def _refuse_a_run(self, folder, checkpoints) -> None:
+        there = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+        there += [path.name for path in checkpoints]
         if there and not self.overwrite_output_dir:
-            goes_on = "--resume_from_checkpoint true to go on with it, " if numbered(folder) else ""
+            goes_on = "--resume_from_checkpoint true to go on with it, " if checkpoints else ""
             raise UserError(
                 f"output_dir: '{folder}' holds a run already ({there[-1]}); give {goes_on}another output_dir, or "
                 "--overwrite_output_dir true"
             )
-        if not self.dry_run:
-            set_aside(numbered(folder))
 
 
 _LOCKS: dict[Path, int] = {}  # folder → its descriptor; the lock on it ends with this process, however that ends

@@ -17,6 +17,7 @@ NEW_HEAD = {  # of a classifier that is made of a language model: the one that i
     "MISSING": re.compile(r"(score|classifier|pre_classifier|pooler)\."),
     "UNEXPECTED": re.compile(r"(lm_head|cls|lm_predictions|mask_predictions|vocab_\w+)\."),
 }
+PATHS = ("model_name_or_path", "reward_model", "judge", "dataset_name", "output_dir")
 LIBRARIES = r"(transformers|trl|peft|accelerate|datasets|torch|huggingface_hub)\."
 
 
@@ -108,10 +109,16 @@ def _path(model):
 
 
 def _size(weights):
-    counts = [(weight.numel(), weight.requires_grad) for weight in weights]
+    counts = [(_numel(weight), weight.requires_grad) for weight in weights]
     total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
     share = {0: "frozen", total: "all trained"}.get(trained, f"{trained / total:.2%} of them trained")
     return f"{total:,} parameters, {share}"
+
+
+def _numel(weight):
+    """Parameters in a tensor that ZeRO-3 has split over ranks, or that holds two of 4 bits in a byte."""
+    numel = getattr(weight, "ds_numel", weight.numel())
+    return 2 * weight.element_size() * numel if type(weight).__name__ == "Params4bit" else numel
 
 
 def _length(args, trainer):
@@ -126,14 +133,17 @@ def _length(args, trainer):
     return (f"{steps:,} steps" if steps else f"{args.num_train_epochs:g} epochs") + f" in batches of {batch:,}"
 
 
-def next_command(yaml_text, given):
-    """The command of evaluation that the YAML's header names, with the paths of this run; None where it names none.
+def next_command(text, theirs, given):
+    """The command of evaluation that a YAML's header names, with this run's paths; None where it names none that fits.
 
-    `given` maps a path of the YAML to the one that is in effect.
+    `text` is the YAML's, `theirs` what it sets, and `given` what is in effect.
     """
-    header = [line.removeprefix("#").strip() for line in yaml_text.splitlines() if line.startswith("#")]
-    found = re.search(r"python -m eval\.compare (?:[^\n\\]|\\\n)*", "\n".join(header))
-    if not found:
+    header = "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    found = re.search(r"python -m eval\.compare (?:[^\n\\]|\\\n)*", header)
+    same = ("prompt_column", "prompt_tokens", "max_prompt_tokens", "max_completion_length", "reward_label")
+    if not found or any(theirs[key] != given[key] for key in same if key in theirs):
         return None
-    words = [word.rpartition("=") for word in found[0].replace("\\\n", " ").split()]
-    return " ".join(name + equals + given.get(path, path) for name, equals, path in words)
+    command = " ".join(found[0].replace("\\\n", " ").split())
+    swapped = {theirs[key]: given[key] for key in PATHS if key in theirs and isinstance(given[key], str)}
+    paths = "|".join(map(re.escape, swapped))
+    return re.sub(rf"(?<![\w./-])({paths})(?![\w./-])", lambda path: swapped[path[0]], command) if paths else command
