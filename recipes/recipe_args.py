@@ -203,12 +203,9 @@ def _given_as_null(args: list[str], hints) -> list[str]:
 
 def check_report_to(names) -> None:
     """UserError for a logger that is not installed, with how to install it."""
-    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "comet_ml": ("comet_ml",)}
-    packages |= {"wandb": ("wandb",), "trackio": ("trackio",), "swanlab": ("swanlab",)}
-    for name in names if isinstance(names, list) else [names]:
-        modules = packages.get(name, ())
-        if modules and not any(importlib.util.find_spec(module) for module in modules):
-            raise UserError(f"report_to: {name} is not installed; pip install {modules[0]}, or set report_to: none")
+    for name in {*names} & {"comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"}:
+        if not any(map(importlib.util.find_spec, (name, f"{name}X"))):  # tensorboardX does as well
+            raise UserError(f"report_to: {name} is not installed; pip install {name}, or set report_to: none")
 
 
 def _find_config(script: Path, config: str | None = None) -> Path:

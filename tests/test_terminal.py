@@ -22,6 +22,7 @@ from test_bad_input import refusal, settings, start  # noqa: F401  fixtures
 from test_recipes import RECIPES, YAMLS, name_of
 from trl_ppo import PPOConfig
 from trl_ppo.callbacks import RolloutProgress, StageProgress
+from trl_ppo.inputs import first_line, not_finite
 
 # --- --help ---------------------------------------------------------------------------------------------------------
 
@@ -188,6 +189,18 @@ def test_every_command_that_a_header_names_next_evaluates_what_its_yaml_writes(c
     assert words[words.index("--base") + 1] == values["model_name_or_path"]
 
 
+def test_the_demo_counts_its_stages_and_gives_the_seconds_that_were_measured():
+    recipe = (ROOT / "Makefile").read_text().split("\ndemo: .venv")[1].split("\n\n")[0].splitlines()[1:]
+    stages = [line for line in recipe if not line.startswith("\t\t")]
+    assert [bool(re.match(r'\t@echo "\d of 5: ', line)) for line in stages] == [True, False] * 5
+    assert re.findall(r'"(\d) of 5', "\n".join(stages)) == [*"12345"]
+    table = (ROOT / "recipes" / "README.md").read_text()
+    for line, command in zip(stages[2:8:2], stages[3:8:2], strict=True):
+        stem = re.search(r"recipes/(\w+)\.py --config tiny", command)[1]
+        seconds = re.search(rf"^\| `{stem}` tiny \|[^|]*\| (\d+) \|", table, re.MULTILINE)[1]
+        assert f"about {seconds} s; next" in line
+
+
 # --- Known stumbles -------------------------------------------------------------------------------------------------
 
 
@@ -200,9 +213,10 @@ def test_every_old_name_in_the_table_is_answered_with_the_new_one(monkeypatch, c
     assert len(changed) > 7
     for old, new in changed.items():
         assert RENAMED[old] in new, old
+    script = str(ROOT / "recipes" / "sentiment_gpt2_ppo.py")
     for option in ("--num_ppo_epochs", "--response-length"):
         with pytest.raises(SystemExit):
-            parse(str(ROOT / "recipes" / "sentiment_gpt2_ppo.py"), PPOArguments, PPOConfig, args=[option, "3"])
+            parse(script, PPOArguments, PPOConfig, "trl.ModelConfig", args=[option, "3"])
         line = capsys.readouterr().err
         assert line.rstrip().endswith(f"it is called --{RENAMED[option[2:].replace('-', '_')]} now")
 
@@ -290,3 +304,10 @@ def test_a_reward_function_of_another_signature_is_told_the_right_one(function):
 @pytest.mark.parametrize("function", [all_by_name, SimpleNamespace, lambda **anything: [0.0]])
 def test_a_reward_function_that_can_be_called_is_let_through(function):
     check_signature("rewards", "name", function)
+
+
+def test_a_loss_that_is_no_number_says_what_to_change_and_a_message_is_not_cut_at_a_colon():
+    assert "no step was taken: lower learning_rate" in str(not_finite("loss", float("nan"), 3))
+    assert first_line(ValueError("errors in GPT2:\n\tsize mismatch\nmore")) == "errors in GPT2: size mismatch"
+    assert first_line(ValueError("\none\ntwo")) == "one"
+    assert first_line(KeyError()) == "KeyError"
