@@ -133,7 +133,7 @@ def _parse(script, dataclass_types, args):
     if {"-h", "--help"} & {*args}:
         own = [cls for cls in dataclass_types if not isinstance(cls, str) and terminal.own_fields(cls)]
         own += [cls.SETTINGS for cls in own if hasattr(cls, "SETTINGS")]
-        terminal.print_help(usage, shown, _read_yaml(path, shown), own)
+        terminal.print_help(usage, shown, _variants(script), _read_yaml(path, shown), own)
         raise SystemExit(0)
     dataclass_types = [pkgutil.resolve_name(cls) if isinstance(cls, str) else cls for cls in dataclass_types]
     args = ["--help" if arg == "--help-all" else arg for arg in args]
@@ -210,18 +210,20 @@ def check_report_to(names) -> None:
 
 def _find_config(script: Path, config: str | None = None) -> Path:
     """The YAML to read: a path as given, or a variant by its name; without either the one next to the script."""
-    variants = script.parent / "variants" / script.stem
-    default = script.with_suffix(".yaml")
-    for path in [Path(config).expanduser(), variants / f"{config}.yaml"] if config else [default]:
+    named, default = script.parent / "variants" / script.stem / f"{config}.yaml", script.with_suffix(".yaml")
+    for path in [Path(config).expanduser(), named] if config else [default]:
         if path.is_file() and path.resolve().parent.name != "accelerate_configs":
             return path
-    there = ", ".join(sorted(path.stem for path in variants.glob("*.yaml")))
     if config and (HERE.parent / "accelerate_configs" / f"{Path(config).stem}.yaml").is_file():
         raise UserError(
             f"--config: {config} is one of accelerate's: accelerate launch --config_file accelerate_configs/"
-            f"{Path(config).stem}.yaml recipes/{script.name} …; variants of {script.name}: {there or 'none'}"
+            f"{Path(config).stem}.yaml recipes/{script.name} …; variants of {script.name}: {_variants(script)}"
         )
-    raise UserError(f"--config: {config or default} does not exist; variants of {script.name}: {there or 'none'}")
+    raise UserError(f"--config: {config or default} does not exist; variants of {script.name}: {_variants(script)}")
+
+
+def _variants(script: Path) -> str:
+    return ", ".join(sorted(path.stem for path in (script.parent / "variants" / script.stem).glob("*.yaml"))) or "none"
 
 
 class _Loader(yaml.SafeLoader):
@@ -496,8 +498,9 @@ class PPOArguments(RecipeArguments):
         if self.dry_run:
             self._folder = tempfile.TemporaryDirectory(prefix="dry_run_")
             short = {"output_dir": self._folder.name, "max_steps": 1, "logging_strategy": "no"}
-            silent = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "report_to": []}
-            shown = {"log_completions": True, "num_completions_to_print": 4, "resume_from_checkpoint": None}
+            silent = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": [], "eval_on_start": False}
+            silent |= {"eval_delay": 2, "resume_from_checkpoint": None}  # held-out prompts are loaded, that is all
+            shown = {"log_completions": True, "num_completions_to_print": 4}
             for name, value in (short | silent | shown).items():
                 setattr(training_args, name, value)
 
@@ -546,7 +549,7 @@ class PPOArguments(RecipeArguments):
         """What the trainer calls besides its own: transformers' early stopping, where it is asked for."""
         from transformers import EarlyStoppingCallback
 
-        patience = self.early_stopping_patience
+        patience = None if self.dry_run else self.early_stopping_patience
         return [] if patience is None else [EarlyStoppingCallback(patience)]
 
     def _load_classifier(self, path: str):

@@ -14,7 +14,7 @@ import yaml
 ROW = re.compile(r"^([\w.*{}, -]+?) *\| *(MISSING|UNEXPECTED|MISMATCH|CONVERSION)", re.MULTILINE)
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 NEW_HEAD = {  # of a classifier that is made of a language model: the one that is to be trained, and the old one
-    "MISSING": re.compile(r"(score|classifier|pre_classifier|pooler)\."),
+    "MISSING": re.compile(r"(score|classifier|pre_classifier|(\w+\.)?pooler)\."),
     "UNEXPECTED": re.compile(r"(lm_head|cls|lm_predictions|mask_predictions|vocab_\w+)\."),
 }
 PATHS = ("model_name_or_path", "reward_model", "judge", "dataset_name", "output_dir")
@@ -39,10 +39,11 @@ def _is_no_new_head(record):
 # --- --help ---------------------------------------------------------------------------------------------------------
 
 
-def print_help(usage, shown, values, classes):
+def print_help(usage, shown, variants, values, classes):
     """The keys that are the project's own, with the values of the YAML `shown`, then what else that sets."""
     width = shutil.get_terminal_size().columns
-    print(f"usage: {usage}\nDefaults: {shown}. All keys, TRL's and transformers' too: --help-all\n")
+    print(f"usage: {usage}\nDefaults: {shown}. All keys, TRL's and transformers' too: --help-all")
+    print(f"Variants, for --config: {variants}\n")
     listed = set()
     for cls in classes:
         print(f"{(cls.__doc__ or cls.__name__).splitlines()[0]}")
@@ -91,8 +92,10 @@ def summary(trainer):
     if critic is not None:
         kind = f"started from {args.value_model_path}" if args.value_model_path else "a value head on the model"
         lines.append(f"critic      {kind}: {_size(own)}")
-    if hasattr(trainer, "ref_model"):
-        lines.append(f"reference   {'the model without its adapter' if trainer.ref_model is None else 'a frozen copy'}")
+    if getattr(trainer, "ref_model", None) is not None:
+        lines.append("reference   a frozen copy")
+    elif critic is not None:
+        lines.append("reference   the model without its adapter")
     names, weights = (getattr(trainer, name, ()) for name in ("reward_func_names", "reward_weights"))
     for name, weight, function in zip(names, weights, getattr(trainer, "reward_funcs", ()), strict=True):
         model = getattr(getattr(function, "__wrapped__", function), "model", None)

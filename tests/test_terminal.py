@@ -120,14 +120,17 @@ def test_a_dry_run_says_what_would_be_trained_samples_scores_and_leaves_nothing(
 ):
     given = settings | {"reward_model": classifier_path, "rewards": {"reward_model": 1.0, "length_penalty": 0.5}}
     given |= {"algorithm": algorithm, "group_size": 2, "save_strategy": "steps", "save_steps": 4}
+    given |= {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "early_stopping_patience": 1}
     out = tmp_path / "not" / "made"
     trainer = start(given | {"output_dir": str(out)}, "--dry_run", "true")
     text = capsys.readouterr().out
     assert not out.parent.exists()
     assert trainer.state.global_step == 1
+    lines = dict(re.findall(r"^(\w+) {3,}(\S.*)", text, re.MULTILINE))
+    assert "8 rows, 8 held out" in lines["data"]
+    assert not any("eval_" in key for row in trainer.state.log_history for key in row)
     assert text.count("Completion") == 1, "one table of completions with their scores"
     assert text.rstrip().endswith("dry run: all of this works; nothing is saved")
-    lines = dict(re.findall(r"^(\w+) {3,}(\S.*)", text, re.MULTILINE))
     assert ("critic" in lines) == (algorithm == "ppo")
     assert {"model", "reference", "reward", "data", "training", "result"} <= {*lines}
     assert lines["model"].endswith("parameters, all trained")
