@@ -40,7 +40,10 @@ def train_tokenizer(texts, vocab_size):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # empty lines in a log
     )
     backend.train_from_iterator(texts, trainer)
     special = {"eos_token": END, "bos_token": END, "pad_token": PAD}
