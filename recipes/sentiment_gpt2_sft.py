@@ -39,12 +39,8 @@ def train_tokenizer(texts, vocab_size):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,  # empty lines in a log
-    )
+    settings = {"vocab_size": vocab_size, "special_tokens": [END, PAD], "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **settings)
     backend.train_from_iterator(texts, trainer)
     special = {"eos_token": END, "bos_token": END, "pad_token": PAD}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
