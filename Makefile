@@ -54,14 +54,20 @@ lint: .venv/.installed
 
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml
 
-# Data, language model, reward model, PPO and report of the toy reviews; offline once installed.
+# Data, language model, reward model, PPO and report of the toy reviews; offline once installed. The seconds are those of
+# an idle 2-core Intel Xeon (README.md, recipes/README.md).
 demo: export HF_HUB_OFFLINE = 1
 demo: export PYTHONWARNINGS = ignore::FutureWarning
 demo: .venv/.installed
+	@echo "1 of 5: toy reviews, a few seconds; next a language model of them"
 	$(BIN)/python data_prep/toy_reviews.py
+	@echo "2 of 5: language model, about 80 s; next a reward model"
 	$(LAUNCH) recipes/sentiment_gpt2_sft.py --config tiny --overwrite_output_dir true
+	@echo "3 of 5: reward model, about 36 s; next PPO, which starts from both"
 	$(LAUNCH) recipes/sentiment_gpt2_reward.py --config tiny --overwrite_output_dir true
+	@echo "4 of 5: PPO, about 30 s; next a report of what it changed"
 	$(LAUNCH) recipes/sentiment_gpt2_ppo.py --config tiny --overwrite_output_dir true
+	@echo "5 of 5: report, about 15 s; then open runs/tiny/report/report.html"
 	$(BIN)/python -m eval.compare --base runs/tiny/sft --tuned runs/tiny/ppo --prompts data/toy_reviews/prompts \
 		--reward reward_model=runs/tiny/reward --judge lexicon=data_prep.toy_reviews:lexicon_score \
 		--best_of 1 2 4 8 16 --output runs/tiny/report --overwrite

@@ -91,15 +91,11 @@ def scorer(prompts, completions, **columns):
 
 def recipe(arguments):
     """The recipe's own `__main__`, in this process."""
-    from trl import ModelConfig
-
-    from recipe_args import PPOArguments, one_line_errors, parse
+    from recipe_args import run
     from sentiment_gpt2_ppo import main
-    from trl_ppo import PPOConfig
 
     sys.argv = [SCRIPT, *arguments]
-    with one_line_errors():
-        main(*parse(str(ROOT / SCRIPT), PPOArguments, PPOConfig, ModelConfig))
+    run(main, str(ROOT / SCRIPT))
 
 
 def one_rank(arguments):

@@ -6,24 +6,25 @@ Neither has a critic: a completion's advantage comes from the other completions 
 import functools
 from dataclasses import fields
 
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+import trl
 
-from trl_ppo import PPOConfig, PPOTrainer, cpu_folder
+import trl_ppo
 from trl_ppo.inputs import UserError
-
-TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
 def make_trainer(algorithm, group_size, args, **kwargs):
     """The trainer of `algorithm`: PPOTrainer, or TRL's with `group_size` completions for each prompt."""
     if algorithm == "ppo":
-        return PPOTrainer(args=args, **kwargs)
-    trainer_class, config_class = TRAINERS[algorithm]
+        return trl_ppo.PPOTrainer(args=args, **kwargs)
+    from trl_ppo.callbacks import StageProgress, show_lines  # here, since it takes seconds, and --help need not wait
+
+    trainer_class, config_class = (getattr(trl, algorithm.upper() + name) for name in ("Trainer", "Config"))
     trainer = trainer_class(args=group_config(config_class, args, group_size), **kwargs)
+    show_lines(trainer, StageProgress)
     models = [trainer.accelerator.unwrap_model(model) for model in (trainer.model, trainer.ref_model) if model]
     for model in models:
         count_positions(model)
-    if (cpu := cpu_folder(trainer.accelerator.device)) is not None:
+    if (cpu := trl_ppo.cpu_folder(trainer.accelerator.device)) is not None:
         cpu.keep_freed_memory()
         models[0].generate = functools.partial(models[0].generate, custom_generate=cpu.sample)
     return trainer
@@ -39,10 +40,10 @@ def group_config(config_class, args, group_size):
             f"group_size: a rollout of {args.generation_batch_size} completions is not whole groups of {group_size}; "
             "change group_size (2 or more) or per_device_train_batch_size"
         )
-    theirs = {each.name for each in fields(config_class) if each.init} - PPOConfig.REFUSED.keys()
-    shared = {name: getattr(args, name) for name in theirs if name in PPOConfig.__dataclass_fields__}
+    theirs = {each.name for each in fields(config_class) if each.init} - trl_ppo.PPOConfig.REFUSED.keys()
+    shared = {name: getattr(args, name) for name in theirs if name in trl_ppo.PPOConfig.__dataclass_fields__}
     used = {"kl_coef", "total_episodes", "num_mini_batches"}
-    own = [each for each in fields(PPOConfig) if each.name not in GRPOConfig.__dataclass_fields__]
+    own = [each for each in fields(trl_ppo.PPOConfig) if each.name not in trl.GRPOConfig.__dataclass_fields__]
     without_effect = [each.name for each in own if each.name not in used and getattr(args, each.name) != each.default]
     if without_effect:
         print(f"algorithm: settings of PPO alone, without effect: {', '.join(without_effect)}")

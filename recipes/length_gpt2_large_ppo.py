@@ -10,12 +10,8 @@ The wiring is that of `qwen_summarize_ppo.py`. The score of an answer falls with
 policy (or adapter), tokenizer and critic.
 """
 
-from trl import ModelConfig
-
 from qwen_summarize_ppo import main
-from recipe_args import PPOArguments, one_line_errors, parse
-from trl_ppo import PPOConfig
+from recipe_args import run
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, PPOArguments, PPOConfig, ModelConfig))
+    run(main, __file__)

@@ -10,11 +10,8 @@ useful. Writes `output_dir`: a sequence classifier with one label, its tokenizer
 `reward_report.svg`.
 """
 
-from trl import ModelConfig, RewardConfig
-
-from qwen_summarize_reward import RewardArguments, main
-from recipe_args import one_line_errors, parse
+from qwen_summarize_reward import main
+from recipe_args import run
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, RewardArguments, RewardConfig, ModelConfig))
+    run(main, __file__)

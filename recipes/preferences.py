@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest, pearsonr, rankdata
 
 from recipe_args import UserError, load_split
 from rewards import word_count
@@ -66,6 +65,8 @@ def accuracy(margins):
 
     With ties the interval is that of the nearest whole number of correct pairs.
     """
+    from scipy.stats import binomtest  # here and below: it takes a second, and --help need not wait
+
     share = float(correct(margins).mean())
     interval = binomtest(round(share * len(margins)), len(margins)).proportion_ci(method="wilson")
     return {"mean": share, "low": float(interval.low), "high": float(interval.high), "n": len(margins)}
@@ -111,6 +112,8 @@ def against_length(scores, words):
 
 def correlation(x, y):
     """Spearman's rank correlation and its 95 % interval, as `accuracy` gives them; None where one does not vary."""
+    from scipy.stats import pearsonr, rankdata
+
     x, y = rankdata(x), rankdata(y)
     if not (np.ptp(x) and np.ptp(y)):
         return {"mean": None, "low": None, "high": None, "n": len(x)}

@@ -9,22 +9,23 @@ YAML's `rewards` gives each reward its weight; the penalties of words and of rep
 `python -m eval.predict --model runs/qwen_summarize_ppo --title "…" --post "…"` prints a summary.
 """
 
-from transformers import AutoTokenizer
-from trl import ModelConfig, get_peft_config, get_quantization_config
+import transformers
+import trl
 
+import trl_ppo
 from group_trainers import make_trainer
-from recipe_args import PPOArguments, check_model, init_kwargs, load_prompts, merge_adapter, one_line_errors, parse
-from trl_ppo import PPOConfig
+from recipe_args import PPOArguments, check_model, init_kwargs, load_prompts, merge_adapter, run
+from terminal import announce
 
 
-def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig):
+def main(script_args: PPOArguments, training_args: "trl_ppo.PPOConfig", model_args: "trl.ModelConfig"):
     script_args.check(training_args, model_args)
     script_args.claim_output_dir(training_args, model_args)
     path = model_args.model_name_or_path
     check_model("model_name_or_path", path, "CausalLM")
 
     # 1. Prompts: posts (or instructions).
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
     train = load_prompts(script_args, script_args.dataset_train_split, tokenizer, training_args.seed)
     test = None
     if training_args.eval_strategy != "no":
@@ -43,20 +44,24 @@ def main(script_args: PPOArguments, training_args: PPOConfig, model_args: ModelC
         eval_dataset=test,
         processing_class=tokenizer,
         callbacks=script_args.callbacks(),
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+        quantization_config=trl.get_quantization_config(model_args),
     )
 
     # 3. Train, and save.
+    announce(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if script_args.dry_run:
+        trainer.accelerator.print("dry run: all of this works; nothing is saved")
+        return trainer
     trainer.save_model()
     trainer.save_state()
-    trainer.accelerator.print(f"policy, tokenizer and critic: {training_args.output_dir}")
+    written = "policy, tokenizer and critic" if script_args.algorithm == "ppo" else "policy and tokenizer"
+    trainer.accelerator.print(f"{written}: {training_args.output_dir}")
     if script_args.merge_adapter and trainer.is_world_process_zero():
         print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")
     return trainer
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, PPOArguments, PPOConfig, ModelConfig))
+    run(main, __file__)

@@ -11,14 +11,13 @@ the adapter with its head, the tokenizer, `reward_report.json` and `reward_repor
 
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
-from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+import transformers
+import trl
 
+import trl_ppo
 from preferences import check_length, join_prompts, load_pairs, report, tokenize_pairs
-from recipe_args import RecipeArguments, check_model, init_kwargs, merge_adapter, one_line_errors, parse
-from trl_ppo import RewardModel
-from trl_ppo.callbacks import NameBaseInCard
-from trl_ppo.logprobs import keep_4bit_differentiable
+from recipe_args import RecipeArguments, check_model, fit_out, init_kwargs, merge_adapter, run
+from terminal import announce
 
 
 @dataclass(kw_only=True)
@@ -29,7 +28,7 @@ class RewardArguments(RecipeArguments):
     test_pairs: int = field(default=2000, metadata={"help": "Held-out pairs to evaluate on, from the first on."})
 
 
-def main(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig):
+def main(script_args: RewardArguments, training_args: "trl.RewardConfig", model_args: "trl.ModelConfig"):
     script_args.check(model_args)
     script_args.claim_output_dir(training_args, model_args)
     path, max_length = model_args.model_name_or_path, training_args.max_length
@@ -41,25 +40,25 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
     test = join_prompts(load_pairs(data, script_args.dataset_test_split, config, script_args.test_pairs))
 
     # 2. Train.
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
-    trainer = RewardTrainer(
+    trainer = trl.RewardTrainer(
         model=path,
         args=training_args,
         train_dataset=tokenize_pairs(train, tokenizer, max_length),
         eval_dataset=tokenize_pairs(test, tokenizer, max_length),
         processing_class=tokenizer,
-        callbacks=[NameBaseInCard()],
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+        quantization_config=trl.get_quantization_config(model_args),
     )
-    keep_4bit_differentiable(trainer.model)
+    fit_out(trainer)
+    announce(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
 
     # 3. How well the saved model orders pairs.
     if trainer.is_world_process_zero():
-        reward_model = RewardModel(training_args.output_dir, max_length=max_length)
+        reward_model = trl_ppo.RewardModel(training_args.output_dir, max_length=max_length)
         some = train.select(range(min(len(train), len(test))))
         report(reward_model, training_args.output_dir, train=some, test=test)
         print(f"reward model: {training_args.output_dir}")
@@ -69,5 +68,4 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, RewardArguments, RewardConfig, ModelConfig))
+    run(main, __file__)

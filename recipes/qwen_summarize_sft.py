@@ -12,13 +12,12 @@ whole model in `merged`, where PPO starts.
 
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+import transformers
+import trl
 
-from recipe_args import RecipeArguments, check_model, init_kwargs, load_split, merge_adapter, one_line_errors, parse
+from recipe_args import RecipeArguments, check_model, fit_out, init_kwargs, load_split, merge_adapter, run
 from sentiment_gpt2_sft import train_tokenizer
-from trl_ppo.callbacks import NameBaseInCard
-from trl_ppo.logprobs import keep_4bit_differentiable
+from terminal import announce
 
 
 @dataclass(kw_only=True)
@@ -36,7 +35,7 @@ class SFTArguments(RecipeArguments):
 
 
 def scratch_model(script_args, tokenizer, max_length):
-    config = Qwen2Config(
+    config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=script_args.scratch_width,
         intermediate_size=4 * script_args.scratch_width,
@@ -49,7 +48,7 @@ def scratch_model(script_args, tokenizer, max_length):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    return transformers.Qwen2ForCausalLM(config)
 
 
 def load_posts(script_args, split, text):
@@ -60,7 +59,7 @@ def load_posts(script_args, split, text):
     return data.select_columns(columns)
 
 
-def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
+def main(script_args: SFTArguments, training_args: "trl.SFTConfig", model_args: "trl.ModelConfig"):
     script_args.check(model_args)
     script_args.claim_output_dir(training_args, model_args)
     path, text = model_args.model_name_or_path, training_args.dataset_text_field
@@ -74,26 +73,26 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
         texts = (" ".join(row.values()) for row in train)
         tokenizer = train_tokenizer(texts, script_args.scratch_vocab)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if script_args.scratch_layers:
-        set_seed(training_args.seed)
+        transformers.set_seed(training_args.seed)
         model = scratch_model(script_args, tokenizer, training_args.max_length)
         print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     else:
         model = path
         training_args.model_init_kwargs = init_kwargs(training_args, model_args)
 
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
-        callbacks=[NameBaseInCard()],
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+        quantization_config=trl.get_quantization_config(model_args),
     )
-    keep_4bit_differentiable(trainer.model)
+    fit_out(trainer)
+    announce(trainer)
     before = None if training_args.resume_from_checkpoint else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = trainer.evaluate()["eval_loss"]
@@ -117,5 +116,4 @@ def summarize(model, tokenizer, prompt):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, SFTArguments, SFTConfig, ModelConfig))
+    run(main, __file__)

@@ -1,10 +1,14 @@
 """YAML and command line → dataclasses, with one-line error messages that say how to fix them.
 
-    script_args, training_args = parse(__file__, ScriptArguments, PPOConfig)
+    run(main, __file__)
 
-reads the YAML next to the script (`recipes/x.yaml` for `recipes/x.py`), or the one that `--config` names instead: a
-path, or the name of a variant in `recipes/variants/x/`. `--key value` wins over either. Each YAML key must
-be a field of one of the dataclasses, and its value must have the field's type.
+calls a recipe's `main` with the dataclasses that its annotations name. `parse` reads the YAML next to the script
+(`recipes/x.yaml` for `recipes/x.py`), or the one that `--config` names instead: a path, or the name of a variant in
+`recipes/variants/x/`. `--key value` wins over either. Each YAML key must be a field of one of the dataclasses, and its
+value must have the field's type.
+
+TRL's and transformers' classes take seconds to import. So a recipe imports the packages, which wait, takes each class
+from them where it is used, and writes "trl.SFTConfig" in quotes: `--help` then imports none of them.
 """
 
 import argparse
@@ -12,11 +16,14 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import importlib.util
 import json
 import os
+import pkgutil
 import random
 import re
 import sys
+import tempfile
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +35,9 @@ from requests import RequestException
 from safetensors import SafetensorError
 from trl import ScriptArguments, TrlParser
 
+import terminal
 from trl_ppo.inputs import ScoreError, UserError, check_numbers, first_line, is_messages, looks_local
+from trl_ppo.settings import PPOSettings
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = {  # words in a RuntimeError of torch's that is no bug, and what they mean
@@ -91,10 +100,24 @@ class _Parser(TrlParser):
         raise UserError(re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message))
 
 
+def run(main, script: str):
+    """Call a recipe's `main`; a mistake of the user's is one line. At the end, the next command that the YAML names."""
+    with one_line_errors():
+        terminal.hide_noise()
+        script_args, training_args, model_args = parse(script, *main.__annotations__.values())
+        main(script_args, training_args, model_args)
+        path, _ = _choose_config(Path(script), sys.argv[1:])
+        given = vars(script_args) | vars(training_args) | vars(model_args)
+        command = terminal.next_command(path.read_text(encoding="utf-8"), _read_yaml(path, path), given)
+        if command and os.environ.get("RANK", "0") == "0" and not given.get("dry_run"):
+            print(f"next: {command}")
+
+
 def parse(script: str, *dataclass_types, args: list[str] | None = None) -> tuple:
     """One instance of each dataclass, from the script's YAML and the command line (default `sys.argv[1:]`).
 
-    A dataclass leaves keys out of `--help` by naming them in its class attribute `REFUSED` (key → advice).
+    A dataclass may be given by its name, "trl.SFTConfig". `--help` shows the keys of those that are the project's own,
+    and of their class attribute `SETTINGS`; `--help-all` shows all but those in an attribute `REFUSED` (key → advice).
 
     Raises:
         SystemExit: status 0 after `--help`; status 2, after one line on stderr, for a mistake in file or command line.
@@ -104,14 +127,16 @@ def parse(script: str, *dataclass_types, args: list[str] | None = None) -> tuple
 
 
 def _parse(script, dataclass_types, args):
-    chooser = _Parser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--config", action="append", default=[])
-    chosen, args = chooser.parse_known_args(args)
-    if len(chosen.config) > 1:
-        raise UserError(f"--config: give one file, not {len(chosen.config)} ({', '.join(chosen.config)})")
-    path = _find_config(script, *chosen.config)
+    path, args = _choose_config(script, args)
     shown = path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path
     usage = f"{script.name} [--config variant or file.yaml] [--key value …]"
+    if {"-h", "--help"} & {*args}:
+        own = [cls for cls in dataclass_types if not isinstance(cls, str) and terminal.own_fields(cls)]
+        own += [cls.SETTINGS for cls in own if hasattr(cls, "SETTINGS")]
+        terminal.print_help(usage, shown, _variants(script), _read_yaml(path, shown), own)
+        raise SystemExit(0)
+    dataclass_types = [pkgutil.resolve_name(cls) if isinstance(cls, str) else cls for cls in dataclass_types]
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
     parser = _Parser(dataclass_types, allow_abbrev=False, usage=usage, description=f"Defaults: {shown}")
     refused = {key for cls in dataclass_types for key in getattr(cls, "REFUSED", ())}
     hints = {name: hint for cls in dataclass_types for name, hint in _hints(cls)}
@@ -124,7 +149,8 @@ def _parse(script, dataclass_types, args):
         if action.dest == "output_dir":  # transformers would invent one
             action.required = True
         hint = hints.get(action.dest)
-        if get_origin(hint) is dict or {str, list[str]} <= {*get_args(hint)}:
+        kinds = {hint, *get_args(hint)}
+        if any(dict in (kind, get_origin(kind)) for kind in kinds) or {str, list[str]} <= kinds:
             action.type = functools.partial(_as_in_yaml, hint=hint)
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     values = _read_yaml(path, shown)
@@ -134,6 +160,8 @@ def _parse(script, dataclass_types, args):
         values[key] = value = _fit(f"{shown}: {key}", value, hints[key])
         if key in choices and value is not None and value not in choices[key]:
             raise UserError(f"{shown}: {key}: {value!r} is not one of {', '.join(map(str, choices[key]))}")
+    for key in _given_as_null(args, hints):
+        values[key] = None
     parser.set_defaults_with_config(**{k: v for k, v in values.items() if v is not None or k != "output_dir"})
     try:
         *outputs, rest = parser.parse_args_into_dataclasses(args, True, look_for_args_file=False)
@@ -141,6 +169,7 @@ def _parse(script, dataclass_types, args):
             check_numbers(vars(output))
             if getattr(output, "hub_token", None):
                 raise UserError("hub_token: training_args.bin would hold it; set HF_TOKEN in the environment instead")
+            check_report_to(getattr(output, "report_to", ()))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # from a `__post_init__`
         if isinstance(error, UserError):
             raise
@@ -150,15 +179,51 @@ def _parse(script, dataclass_types, args):
     return tuple(outputs)
 
 
+def _choose_config(script, args):
+    """The YAML to read, and the words of the command line that do not choose it."""
+    chooser = _Parser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config", action="append", default=[])
+    chosen, args = chooser.parse_known_args(args)
+    if len(chosen.config) > 1:
+        raise UserError(f"--config: give one file, not {len(chosen.config)} ({', '.join(chosen.config)})")
+    return _find_config(script, *chosen.config), args
+
+
+def _given_as_null(args: list[str], hints) -> list[str]:
+    """The keys that the command line sets to null, of those that may be; their words are taken out of `args`."""
+    keys = []
+    for i in reversed(range(len(args))):
+        words = args[i].split("=", 1) if "=" in args[i] else args[i : i + 2]
+        key = words[0].removeprefix("--").replace("-", "_")
+        if words[0].startswith("--") and words[1:] == ["null"] and type(None) in get_args(hints.get(key)):
+            del args[i : i + (1 if "=" in args[i] else 2)]
+            keys.append(key)
+    return keys
+
+
+def check_report_to(names) -> None:
+    """UserError for a logger that is not installed, with how to install it."""
+    for name in {*names} & {"comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"}:
+        if not any(map(importlib.util.find_spec, (name, f"{name}X"))):  # tensorboardX does as well
+            raise UserError(f"report_to: {name} is not installed; pip install {name}, or set report_to: none")
+
+
 def _find_config(script: Path, config: str | None = None) -> Path:
     """The YAML to read: a path as given, or a variant by its name; without either the one next to the script."""
-    variants = script.parent / "variants" / script.stem
-    default = script.with_suffix(".yaml")
-    for path in [Path(config).expanduser(), variants / f"{config}.yaml"] if config else [default]:
-        if path.is_file():
+    named, default = script.parent / "variants" / script.stem / f"{config}.yaml", script.with_suffix(".yaml")
+    for path in [Path(config).expanduser(), named] if config else [default]:
+        if path.is_file() and path.resolve().parent.name != "accelerate_configs":
             return path
-    there = ", ".join(sorted(path.stem for path in variants.glob("*.yaml")))
-    raise UserError(f"--config: {config or default} does not exist; variants of {script.name}: {there or 'none'}")
+    if config and (HERE.parent / "accelerate_configs" / f"{Path(config).stem}.yaml").is_file():
+        raise UserError(
+            f"--config: {config} is one of accelerate's: accelerate launch --config_file accelerate_configs/"
+            f"{Path(config).stem}.yaml recipes/{script.name} …; variants of {script.name}: {_variants(script)}"
+        )
+    raise UserError(f"--config: {config or default} does not exist; variants of {script.name}: {_variants(script)}")
+
+
+def _variants(script: Path) -> str:
+    return ", ".join(sorted(path.stem for path in (script.parent / "variants" / script.stem).glob("*.yaml"))) or "none"
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,9 +288,31 @@ def _as_in_yaml(text: str, hint):
         raise argparse.ArgumentTypeError(f"{said}; write it as '{form}'") from None
 
 
+# Settings of TRL's removed PPO trainers that have another name now.
+RENAMED = {
+    "num_ppo_epochs": "num_iterations",
+    "ppo_epochs": "num_iterations",
+    "batch_size": "per_device_train_batch_size",
+    "local_rollout_forward_batch_size": "per_device_train_batch_size",
+    "response_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "stop_token": "generation_kwargs",
+    "stop_token_id": "generation_kwargs",
+    "sft_model_path": "model_name_or_path",
+    "reward_model_path": "reward_model",
+    "cliprange": "epsilon",
+    "init_kl_coef": "kl_coef",
+    "num_sample_generations": "eval_steps",
+}
+
+
 def _unknown(what, name, known) -> str:
+    dashes = "--" if name.startswith("--") else ""
+    now = dashes + RENAMED.get(name.removeprefix("--").replace("-", "_"), "")
+    if now in known:
+        return f"unknown {what} {name}: it is called {now} now"
     close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {what} {name}" + (f"; did you mean {close[0]}?" if close else "; --help lists those there are")
+    return f"unknown {what} {name}" + (f"; did you mean {close[0]}?" if close else "; --help-all lists those there are")
 
 
 # --- What recipes take besides TRL's settings -----------------------------------------------------------------------
@@ -242,6 +329,7 @@ class OutputArguments(ScriptArguments):
     overwrite_output_dir: bool = _option("Train into a folder that holds a run; its checkpoints are set aside.", False)
 
     CHECKPOINT_FILES: ClassVar[tuple] = ()  # what a checkpoint must hold besides Trainer's files
+    dry_run: ClassVar[bool] = False  # what has it writes to no folder
 
     def claim_output_dir(self, training_args, model_args) -> None:
         """Take `output_dir` for this run alone, and put the checkpoint to resume from, or None, into `training_args`.
@@ -257,21 +345,28 @@ class OutputArguments(ScriptArguments):
             paths = [path for value in given for path in (value if isinstance(value, list) else [value])]
             if any(path and folder.resolve() == Path(path).resolve() for path in paths):
                 raise UserError(f"output_dir: '{folder}' is where {key} is read from; give another folder")
-        if main:
+        if main and not self.dry_run:
             lock_folder(folder)
         given = training_args.resume_from_checkpoint
-        training_args.resume_from_checkpoint = checkpoint_to_resume(given, training_args, self.CHECKPOINT_FILES)
+        if main and str(given).lower() == "true" and not numbered(folder):
+            self._refuse_a_run(folder, [])  # before it says that there is nothing to resume from
+        if not self.dry_run:
+            training_args.resume_from_checkpoint = checkpoint_to_resume(given, training_args, self.CHECKPOINT_FILES)
         if not main or training_args.resume_from_checkpoint is not None:
             return
+        self._refuse_a_run(folder, numbered(folder))
+        if not self.dry_run:
+            set_aside(numbered(folder))
+
+    def _refuse_a_run(self, folder, checkpoints) -> None:
         there = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
-        there += [path.name for path in numbered(folder)]
+        there += [path.name for path in checkpoints]
         if there and not self.overwrite_output_dir:
-            goes_on = "--resume_from_checkpoint true to go on with it, " if numbered(folder) else ""
+            goes_on = "--resume_from_checkpoint true to go on with it, " if checkpoints else ""
             raise UserError(
                 f"output_dir: '{folder}' holds a run already ({there[-1]}); give {goes_on}another output_dir, or "
                 "--overwrite_output_dir true"
             )
-        set_aside(numbered(folder))
 
 
 _LOCKS: dict[Path, int] = {}  # folder → its descriptor; the lock on it ends with this process, however that ends
@@ -310,6 +405,8 @@ class RecipeArguments(OutputArguments):
             raise UserError("merge_adapter: true, but use_peft is false, so there is no adapter; set use_peft: true")
         if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
             raise UserError("load_in_4bit, load_in_8bit: quantised weights cannot be trained; set use_peft: true")
+        if re.fullmatch(r"[\w.]+", modules := str(model_args.lora_target_modules)):
+            model_args.lora_target_modules = None if modules == "None" else [modules]  # TRL would make it a regex
         check_path("dataset_name", self.dataset_name)
         if model_args.model_name_or_path is not None:  # none where a model is made from scratch
             check_path("model_name_or_path", model_args.model_name_or_path)
@@ -353,6 +450,7 @@ class PPOArguments(RecipeArguments):
     reward_max_length: int = _option("Tokens that it reads; longer texts lose their beginning.", 512)
     reward_dtype: str = _option("Of its weights.", "float32")
     reward_batch_size: int = _option("Texts that it scores at a time.", 64)
+    dry_run: bool = _option("Check all, train one step and print some of its completions; save nothing.", False)
     prompt_column: str = _option("Column to take prompts from.", "prompt")
     prompt_tokens: list[int] | None = dataclasses.field(
         default=None, metadata={"help": "Cut each prompt to a random number of tokens: least and most."}
@@ -362,11 +460,12 @@ class PPOArguments(RecipeArguments):
     max_prompt_tokens: int | None = _option("Leave out longer ones.")
     test_prompts: int = _option("Held-out prompts to evaluate on, from the first on.", 512)
 
+    SETTINGS: ClassVar[type] = PPOSettings
     CHECKPOINT_FILES: ClassVar[tuple] = ("critic.safetensors", "ppo_state.json")
 
     def check(self, training_args, model_args) -> None:
         """UserError for rewards that cannot be had, and for what does not go together; loads no model."""
-        from rewards import find_function  # light, but it may import a file of the user's
+        from rewards import check_signature, find_function  # light, but it may import a file of the user's
 
         super().check(model_args)
         if self.algorithm != "ppo":
@@ -383,7 +482,7 @@ class PPOArguments(RecipeArguments):
             raise UserError("reward_variance_coef: is for several classifiers; list them in reward_model")
         for name in self.rewards:
             if name != "reward_model":
-                find_function("rewards", name)
+                check_signature("rewards", name, find_function("rewards", name))
             elif not self.reward_models:
                 raise UserError("rewards: reward_model has a weight, but reward_model: names no classifier")
         for path in self.reward_models if "reward_model" in self.rewards else ():
@@ -392,6 +491,18 @@ class PPOArguments(RecipeArguments):
             self._check_judge(training_args)
         if self.early_stopping_patience is not None and not training_args.load_best_model_at_end:
             raise UserError("early_stopping_patience: goes by the best checkpoint; set load_best_model_at_end: true")
+
+    def claim_output_dir(self, training_args, model_args) -> None:
+        """As that of every recipe; a dry run leaves the folder alone, and takes one step with one that goes again."""
+        super().claim_output_dir(training_args, model_args)
+        if self.dry_run:
+            self._folder = tempfile.TemporaryDirectory(prefix="dry_run_")
+            short = {"output_dir": self._folder.name, "max_steps": 1, "logging_strategy": "no"}
+            silent = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": [], "eval_on_start": False}
+            silent |= {"eval_delay": 2, "resume_from_checkpoint": None}  # held-out prompts are loaded, that is all
+            shown = {"log_completions": True, "num_completions_to_print": 4}
+            for name, value in (short | silent | shown).items():
+                setattr(training_args, name, value)
 
     def _check_judge(self, training_args) -> None:
         """The judge is another model than the one that is optimised; the best checkpoint is then the one it prefers."""
@@ -438,7 +549,7 @@ class PPOArguments(RecipeArguments):
         """What the trainer calls besides its own: transformers' early stopping, where it is asked for."""
         from transformers import EarlyStoppingCallback
 
-        patience = self.early_stopping_patience
+        patience = None if self.dry_run else self.early_stopping_patience
         return [] if patience is None else [EarlyStoppingCallback(patience)]
 
     def _load_classifier(self, path: str):
@@ -467,6 +578,16 @@ def init_kwargs(training_args, model_args) -> dict[str, Any]:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
     }
+
+
+def fit_out(trainer) -> None:
+    """What every stage but PPO adds to its trainer: short lines, a card that names the base, 4 bits that train."""
+    from trl_ppo.callbacks import NameBaseInCard, StageProgress, show_lines
+    from trl_ppo.logprobs import keep_4bit_differentiable
+
+    show_lines(trainer, StageProgress)
+    trainer.add_callback(NameBaseInCard)
+    keep_4bit_differentiable(trainer.model)
 
 
 # --- Paths and data -----------------------------------------------------------------------------------------------

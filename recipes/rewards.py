@@ -147,6 +147,19 @@ def find_function(key: str, name: str):
     return function
 
 
+def check_signature(key: str, name: str, function) -> None:
+    """UserError for a function that cannot be called as TRL calls rewards, with what its first line has to be."""
+    given = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+    try:
+        inspect.signature(function).bind_partial(**dict.fromkeys(given))
+    except TypeError as error:
+        raise UserError(
+            f"{key}: {name}: {error}; write def {name.rpartition(':')[2]}(prompts, completions, **columns)"
+        ) from error
+    except ValueError:  # some of C have no signature to look at
+        pass
+
+
 def _load_file(path: Path):
     path = path.expanduser().resolve()
     if str(path) not in sys.modules:  # under its path, so that it shadows no other module

@@ -12,27 +12,16 @@ held-out pairs that it orders correctly is printed at the end. Writes `output_di
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
+import transformers
+import trl
 from tokenizers import BertWordPieceTokenizer
 from tokenizers.processors import BertProcessing
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from trl import ModelConfig
 
+import trl_ppo
 from preferences import check_length, report
-from recipe_args import OutputArguments, UserError, check_model, one_line_errors, parse
+from recipe_args import OutputArguments, UserError, check_model, fit_out, run
 from sentiment_gpt2_reward import load_either
-from trl_ppo import RewardModel
-from trl_ppo.reward_model import encode
+from terminal import announce
 
 LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
 
@@ -53,14 +42,15 @@ class ClassifierArguments(OutputArguments):
 
 def scratch_model(script_args, texts, seed):
     """A random BERT and a WordPiece vocabulary made from the texts."""
-    set_seed(seed)
+    transformers.set_seed(seed)
     pieces = BertWordPieceTokenizer(lowercase=True)
     pieces.train_from_iterator(texts, vocab_size=script_args.scratch_vocab, show_progress=False)
     pieces.post_processor = BertProcessing(*((mark, pieces.token_to_id(mark)) for mark in ("[SEP]", "[CLS]")))
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
     max_length = script_args.max_length
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=max_length, **special)
-    config = BertConfig(
+    settings = special | {"model_max_length": max_length}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, **settings)
+    config = transformers.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=script_args.scratch_width,
         num_hidden_layers=script_args.scratch_layers,
@@ -70,17 +60,23 @@ def scratch_model(script_args, texts, seed):
         pad_token_id=tokenizer.pad_token_id,
         num_labels=2,
     )
-    return BertForSequenceClassification(config), tokenizer
+    return transformers.BertForSequenceClassification(config), tokenizer
 
 
 def tokenize_sides(pairs, tokenizer, label, max_length):
     """Pairs → token ids and labels: `chosen` has the given label, `rejected` the other."""
+    from datasets import Dataset  # here, since they take seconds, and --help need not wait
+
+    from trl_ppo.reward_model import encode
+
     texts = [*pairs["chosen"], *pairs["rejected"]]
     labels = [label] * len(pairs) + [1 - label] * len(pairs)
     return Dataset.from_dict({"input_ids": encode(tokenizer, texts, max_length=max_length), "labels": labels})
 
 
-def main(script_args: ClassifierArguments, training_args: TrainingArguments, model_args: ModelConfig):
+def main(
+    script_args: ClassifierArguments, training_args: "transformers.TrainingArguments", model_args: "trl.ModelConfig"
+):
     if model_args.use_peft:
         raise UserError("use_peft: true, but this recipe trains whole models; set use_peft: false")
     script_args.claim_output_dir(training_args, model_args)
@@ -96,19 +92,21 @@ def main(script_args: ClassifierArguments, training_args: TrainingArguments, mod
         print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     else:
         kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, **kwargs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model.config.id2label, model.config.label2id = LABELS, {name: label for label, name in LABELS.items()}
 
     label = 1 if script_args.preferred_label is None else script_args.preferred_label
     train_texts, test_texts = (tokenize_sides(pairs, tokenizer, label, max_length) for pairs in (train, test))
-    collator = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, training_args, collator, train_texts, test_texts, processing_class=tokenizer)
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    trainer = transformers.Trainer(model, training_args, collator, train_texts, test_texts, processing_class=tokenizer)
+    fit_out(trainer)
+    announce(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
 
     if trainer.is_world_process_zero():
-        reward_model = RewardModel(training_args.output_dir, label=LABELS[label], max_length=max_length)
+        reward_model = trl_ppo.RewardModel(training_args.output_dir, label=LABELS[label], max_length=max_length)
         some = train.select(range(min(len(train), len(test))))
         report(reward_model, training_args.output_dir, train=some, test=test)
         print(f"classifier: {training_args.output_dir}")
@@ -116,5 +114,4 @@ def main(script_args: ClassifierArguments, training_args: TrainingArguments, mod
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, ClassifierArguments, TrainingArguments, ModelConfig))
+    run(main, __file__)

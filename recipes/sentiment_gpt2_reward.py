@@ -11,24 +11,13 @@ instead.
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
-from transformers import AutoTokenizer
-from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+import transformers
+import trl
 
+import trl_ppo
 from preferences import check_length, join_prompts, load_pairs, report, tokenize_pairs
-from recipe_args import (
-    RecipeArguments,
-    UserError,
-    check_model,
-    init_kwargs,
-    load_split,
-    merge_adapter,
-    one_line_errors,
-    parse,
-)
-from trl_ppo import RewardModel
-from trl_ppo.callbacks import NameBaseInCard
-from trl_ppo.logprobs import keep_4bit_differentiable
+from recipe_args import RecipeArguments, UserError, check_model, fit_out, init_kwargs, load_split, merge_adapter, run
+from terminal import announce
 
 
 @dataclass(kw_only=True)
@@ -44,6 +33,8 @@ class RewardArguments(RecipeArguments):
 
 def pair_by_label(labelled, preferred_label, seed):
     """Labelled reviews → pairs: each of the preferred label over one of the other, matched at random."""
+    from datasets import Dataset  # here, since it takes a second, and --help need not wait
+
     labelled = labelled.shuffle(seed=seed)
     chosen = [row["text"] for row in labelled if row["label"] == preferred_label]
     rejected = [row["text"] for row in labelled if row["label"] == 1 - preferred_label]
@@ -69,7 +60,7 @@ def load_either(script_args, split, seed, limit):
     return join_prompts(load_pairs(script_args.dataset_name, split, script_args.dataset_config, limit))
 
 
-def main(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig):
+def main(script_args: RewardArguments, training_args: "trl.RewardConfig", model_args: "trl.ModelConfig"):
     script_args.check(model_args)
     script_args.claim_output_dir(training_args, model_args)
     path, max_length = model_args.model_name_or_path, training_args.max_length
@@ -81,25 +72,25 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
     test = load_either(script_args, script_args.dataset_test_split, seed, script_args.test_pairs)
 
     # 2. Train.
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
-    trainer = RewardTrainer(
+    trainer = trl.RewardTrainer(
         model=path,
         args=training_args,
         train_dataset=tokenize_pairs(train, tokenizer, max_length),
         eval_dataset=tokenize_pairs(test, tokenizer, max_length),
         processing_class=tokenizer,
-        callbacks=[NameBaseInCard()],
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+        quantization_config=trl.get_quantization_config(model_args),
     )
-    keep_4bit_differentiable(trainer.model)
+    fit_out(trainer)
+    announce(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
 
     # 3. How well the saved model orders pairs.
     if trainer.is_world_process_zero():
-        reward_model = RewardModel(training_args.output_dir, max_length=max_length)
+        reward_model = trl_ppo.RewardModel(training_args.output_dir, max_length=max_length)
         some = train.select(range(min(len(train), len(test))))
         report(reward_model, training_args.output_dir, train=some, test=test)
         print(f"reward model: {training_args.output_dir}")
@@ -109,5 +100,4 @@ def main(script_args: RewardArguments, training_args: RewardConfig, model_args: 
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, RewardArguments, RewardConfig, ModelConfig))
+    run(main, __file__)

@@ -9,13 +9,12 @@ held-out loss is printed at the end; each YAML's header says what to expect. Wri
 
 from dataclasses import dataclass, field
 
+import transformers
+import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from recipe_args import RecipeArguments, check_model, init_kwargs, load_split, merge_adapter, one_line_errors, parse
-from trl_ppo.callbacks import NameBaseInCard
-from trl_ppo.logprobs import keep_4bit_differentiable
+from recipe_args import RecipeArguments, check_model, fit_out, init_kwargs, load_split, merge_adapter, run
+from terminal import announce
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -40,15 +39,15 @@ def train_tokenizer(texts, vocab_size):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    settings = {"vocab_size": vocab_size, "special_tokens": [END, PAD], "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **settings)
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=END, pad_token=PAD)
+    special = {"eos_token": END, "bos_token": END, "pad_token": PAD}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def scratch_model(script_args, tokenizer, max_length):
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=max_length,
         n_embd=script_args.scratch_width,
@@ -58,7 +57,7 @@ def scratch_model(script_args, tokenizer, max_length):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return GPT2LMHeadModel(config)
+    return transformers.GPT2LMHeadModel(config)
 
 
 def load_texts(script_args, split, column):
@@ -74,7 +73,7 @@ def load_texts(script_args, split, column):
     return data.map(lambda row: {column: row[column][: script_args.first_characters]}, desc="Cutting texts")
 
 
-def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig):
+def main(script_args: SFTArguments, training_args: "trl.SFTConfig", model_args: "trl.ModelConfig"):
     script_args.check(model_args)
     script_args.claim_output_dir(training_args, model_args)
     column = training_args.dataset_text_field
@@ -84,26 +83,26 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
     test = load_texts(script_args, script_args.dataset_test_split, column)
     test = test.select(range(min(len(test), script_args.test_rows)))
     if script_args.scratch_layers:
-        set_seed(training_args.seed)
+        transformers.set_seed(training_args.seed)
         tokenizer = train_tokenizer(train[column], script_args.scratch_vocab)
         model = scratch_model(script_args, tokenizer, training_args.max_length)
         print(f"from scratch: {model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens")
     else:
         model = model_args.model_name_or_path
         training_args.model_init_kwargs = init_kwargs(training_args, model_args)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
-        callbacks=[NameBaseInCard()],
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+        quantization_config=trl.get_quantization_config(model_args),
     )
-    keep_4bit_differentiable(trainer.model)
+    fit_out(trainer)
+    announce(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -116,5 +115,4 @@ def main(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelC
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(*parse(__file__, SFTArguments, SFTConfig, ModelConfig))
+    run(main, __file__)

@@ -252,10 +252,11 @@ def test_a_folder_that_a_model_is_read_from_is_refused_even_to_be_overwritten(tm
         script.claim_output_dir(args, model)
 
 
-def test_a_finished_model_without_checkpoints_is_not_trained_over_by_a_resume(tmp_path):
+def test_a_finished_model_without_checkpoints_is_not_trained_over_by_a_resume(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds a run already \(config.json\); give another output_dir"):
         claim(tmp_path, "true")
+    assert capsys.readouterr().out == "", "not: a new run"
 
 
 def test_a_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path, monkeypatch):

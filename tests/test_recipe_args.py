@@ -140,10 +140,11 @@ def test_every_default_of_the_real_dataclasses_fits_its_own_type(script):
 # --- --help -------------------------------------------------------------------------------------------------------
 
 
-def test_help_lists_every_key_with_the_yamls_default_but_the_refused_ones(script, capsys):
+@pytest.mark.parametrize("form", ["--help", "-h", "--help-all"])
+def test_help_lists_every_key_with_the_yamls_default_but_the_refused_ones(script, capsys, form):
     write(script, "number: 0.125\nkind: b\n")
     with pytest.raises(SystemExit) as stop:
-        parse(str(script), Small, args=["--help"])
+        parse(str(script), Small, args=[form])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for key in ("number", "count", "name", "flag", "method", "levels", "options", "weights", "kind"):
@@ -187,7 +188,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_closest_known_one(script,
     expected = "recipes/x.yaml: unknown key learning_rat; did you mean learning_rate?"
     assert mistake(script, *REAL) == expected
     write(script, "zzz: 1\n")
-    assert mistake(script, *REAL) == "recipes/x.yaml: unknown key zzz; --help lists those there are"
+    assert mistake(script, *REAL) == "recipes/x.yaml: unknown key zzz; --help-all lists those there are"
 
 
 @pytest.mark.parametrize(

@@ -209,12 +209,32 @@ class RolloutProgress(ProgressCallback):
                     self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))
 
 
+class StageProgress(RolloutProgress):
+    """The same for trainers of TRL's and transformers'."""
+
+    SHOWN: ClassVar[dict[str, str]] = {
+        "loss": "loss {:.3f}",
+        "mean_token_accuracy": "token accuracy {:.3f}",
+        "accuracy": "accuracy {:.3f}",
+        "margin": "margin {:.2f}",
+        "reward": "score {:.3f}",
+        "kl": "kl {:z.3f}",
+        "completions/mean_length": "length {:.1f}",
+        "entropy": "entropy {:.2f}",
+    }
+
+
+def show_lines(trainer, progress=RolloutProgress):
+    """Put `progress` in the place of Trainer's own bar, if it has one."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(progress)
+
+
 def add_callbacks(trainer):
     """PPO's callbacks, and those that settings ask for."""
     for callback in (OrderByPass, LogBeforeSave, NameBaseInCard):
         trainer.add_callback(callback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(RolloutProgress)
+    show_lines(trainer)
     if trainer.args.doctor:
         trainer.add_callback(Doctor(trainer))
     if trainer.args.sync_ref_model:

@@ -79,6 +79,8 @@ def checkpoint_to_resume(given, args, also=()):
     candidates = numbered(args.output_dir) if newest else [Path(given)]
     of_ranks = gather_object([{str(path): damage(path, args.process_index, also) for path in candidates}])
     chosen = None
+    if not newest and args.process_index == 0 and not Path(given).is_dir():
+        raise UserError(f"resume_from_checkpoint: {given!r} is no folder; give true, false or a checkpoint's folder")
     for name in of_ranks[0]:
         faults = [theirs.get(name, TRAINER_STATE) for theirs in of_ranks]
         fault = next(filter(None, faults), None)
@@ -155,6 +157,10 @@ def load_state(trainer, folder):
     for what, settings in (("kept from the checkpoint", kept), ("changed", changed)):
         if settings and trainer.args.process_index == 0:
             print(f"resume_from_checkpoint: {what}: {'; '.join(settings)}", flush=True)
+    step = json.loads((Path(folder) / TRAINER_STATE).read_text())["global_step"]
+    if 0 < trainer.args.max_steps < step and trainer.args.process_index == 0:
+        asked = f"the {trainer.args.max_steps} steps that total_episodes or max_steps asks for"
+        print(f"resume_from_checkpoint: '{folder}' is past {asked}: no training, its model is the result", flush=True)
     trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]
     if not trainer.is_deepspeed_enabled:  # whose engine loads the critic with the policy
         load_critic(trainer.policy.critic, folder)

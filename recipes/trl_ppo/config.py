@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from trl.import_utils import is_vllm_available
 from .critic import check_critic_file
 from .inputs import UserError, check_numbers
 from .loading import load_skeleton
+from .settings import PPOSettings, setting
 
 # GRPO's settings that mean nothing to PPO, each with what to do instead; a recipe's --help leaves them out.
 NOT_PPO = {
@@ -49,80 +50,15 @@ NOT_PPO = {
 WHOLE_WEIGHTS = ("value_warmup_rollouts", "stop_at_kl", "sync_ref_model")
 
 
-def setting(default, help, **metadata):
-    """A field of the config with its text for --help."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass
-class PPOConfig(GRPOConfig):
-    """`GRPOConfig` for PPO. One rollout is `per_device_train_batch_size × gradient_accumulation_steps ×
+class PPOConfig(PPOSettings, GRPOConfig):
+    """`GRPOConfig` with `PPOSettings`. One rollout is `per_device_train_batch_size × gradient_accumulation_steps ×
     num_mini_batches` completions on each rank, one for each prompt; it is followed by `num_iterations` PPO epochs of
     `num_mini_batches` optimiser steps each.
 
     Raises `ValueError`, naming the setting, for a value that cannot work or a GRPO setting that means nothing here.
     """
 
-    learning_rate: float = setting(3e-6, "Initial learning rate of AdamW.")
-    adam_epsilon: float = setting(1e-5, "Epsilon of AdamW; PPO implementations use 1e-5.")
-    num_iterations: int = setting(4, "PPO epochs: passes over each rollout.")
-    num_mini_batches: int = setting(1, "Optimiser steps per PPO epoch.")
-    total_episodes: int | None = setting(
-        None, "Completions to sample in all, rounded up to whole rollouts; sets `max_steps`."
-    )
-    kl_coef: float = setting(0.05, "β, the price of KL inside the reward, per nat.")
-    kl_estimator: str = setting(
-        "k1",
-        "Per-token KL estimate in the reward. k1 is unbiased; k3 varies less, but its gradient inside a reward is "
-        "biased (arXiv:2510.01555, 2512.21852).",
-        choices=["k1", "k3"],
-    )
-    kl_target: float | None = setting(None, "Adapt β towards this KL per sequence, in nats; fixed β if not set.")
-    kl_horizon: int = setting(10_000, "Episodes over which an adaptive β reacts.")
-    stop_at_kl: float | None = setting(
-        None,
-        "End training at the first rollout whose KL per completion passes this, with the policy of the one before, or "
-        "the best checkpoint below it (past some KL the true reward falls: arXiv:2210.10760).",
-    )
-    stop_epochs_at_kl: float | None = setting(
-        None, "Skip the rest of a rollout's epochs once approxkl (new against old policy, per token) passes this."
-    )
-    gamma: float = setting(1.0, "Discount of GAE, per token.")
-    lam: float = setting(0.95, "λ of GAE.")
-    lam_value: float | None = setting(
-        None, "λ of the targets that the critic learns, 1 in VC-PPO (arXiv:2503.01491); `lam` if not set."
-    )
-    lam_length_alpha: float | None = setting(
-        None,
-        "α of a λ that grows with the completion: 1 − 1/(α·tokens), at least 0, in place of `lam`, for the policy's "
-        "advantages alone; 0.05 in VAPO (arXiv:2504.05118).",
-    )
-    vf_coef: float = setting(0.1, "Weight of the value loss.")
-    cliprange_value: float = setting(0.2, "How far a value may move from the rollout's.")
-    whiten_rewards: bool = setting(False, "Scale per-token rewards to unit variance; the mean stays.")
-    missing_eos_penalty: float | None = setting(None, "Subtracted from the score of a completion without an end token.")
-    score_norm: bool = setting(False, "Normalise scores by their running mean and standard deviation.")
-    score_clip: float | None = setting(None, "Clip scores to ± this, after normalising.")
-    value_model_path: str | None = setting(
-        None, "Causal sequence classifier to start a separate critic from; value head if not set."
-    )
-    critic_path: str | None = setting(
-        None, "Folder of an earlier run, whose critic.safetensors the critic starts from; of the same kind and shape."
-    )
-    value_learning_rate: float | None = setting(
-        None, "Learning rate of the critic's own weights; `learning_rate` if not set."
-    )
-    value_warmup_rollouts: int = setting(
-        0,
-        "Rollouts at the start whose updates move the critic alone, and leave the policy as it is (VC-PPO, "
-        "arXiv:2503.01491); part of `total_episodes`.",
-    )
-    sync_ref_model: bool = setting(
-        False,
-        "Move the reference towards the policy every `ref_model_sync_steps` steps: `ref_model_mixup_alpha` of the "
-        "policy, the rest of what it was (arXiv:2404.10719). KL is then that to the moving reference.",
-    )
-    doctor: bool = setting(True, "Say in one line each what looks wrong with the run; changes nothing.")
     disable_dropout: bool = setting(True, "Always: sampling and log-probabilities must agree.")
     num_generations: int = setting(1, "PPO samples one completion for each prompt.")
     num_generations_eval: int = setting(1, "One completion for each held-out prompt.")

@@ -59,8 +59,17 @@ def check_numbers(settings: dict, where: str = "") -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of the error's message, with the next where it ends in a colon; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def not_finite(what, value, step) -> FloatingPointError:
+    """The error for a loss or a gradient that is NaN or infinite, with what to change."""
+    return FloatingPointError(
+        f"{what} is {value} at step {step}; no step was taken: lower learning_rate or max_grad_norm, set score_norm: "
+        "true or score_clip, or train in bf16 or float32 where it is fp16"
+    )
 
 
 def looks_local(path: str) -> bool:

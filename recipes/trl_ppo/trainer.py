@@ -1,7 +1,7 @@
 """PPO for language models: TRL's `GRPOTrainer` with the critic put back.
 
 `PPOTrainer` overrides the few hooks of its parent in which PPO differs; the rest is TRL's and transformers'. The hooks
-are private, so `trl` is pinned exactly. The settings are in `config.py`, the formulas in `formulas.py`.
+are private, so `trl` is pinned exactly. The settings are in `config.py` and `settings.py`, formulas in `formulas.py`.
 
 Shapes: B completions, P prompt tokens (left-padded), C completion tokens (right-padded). A `mask` of shape (B, C) is 1
 on the tokens that count: the completion's own, its end token included.
@@ -27,7 +27,7 @@ from .callbacks import RunningMean, StopOnSignal, add_callbacks, now
 from .checkpoints import checkpoint_to_resume, files_beside_the_policy, load_state, save_state
 from .config import PPOConfig, check_arguments
 from .critic import attach_critic, critic_weights, drop_policy_gradients, split_group
-from .inputs import ScoreError, UserError, check_lengths
+from .inputs import ScoreError, UserError, check_lengths, not_finite
 from .loading import check_usable
 from .logprobs import TokenLogprobs, add_logprobs_forward, pad_batch, split_rollout, take_rows
 from .reward_model import with_finite_scores
@@ -249,7 +249,7 @@ class PPOTrainer(GRPOTrainer):
         share = self.accelerator.num_processes / inputs["num_tokens"]
         loss = ((policy_loss + self.args.vf_coef * value_loss) * mask).sum() * share
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; no step was taken")
+            raise not_finite("loss", loss.item(), self.state.global_step)
         with torch.no_grad():
             log_ratio = new.logprobs - old
             if self.args.stop_epochs_at_kl is not None:
@@ -286,7 +286,7 @@ class PPOTrainer(GRPOTrainer):
         """Trainer's gradient norm; stops before the step if it is not finite (fp16's loss scaler skips such a step)."""
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} at step {self.state.global_step}; no step was taken")
+            raise not_finite("gradient norm", norm, self.state.global_step)
         return norm
 
     def create_optimizer(self, model=None):
