@@ -4,7 +4,7 @@
     python benchmarks/tune_curves.py
 
 Trains each case by recipes/sentiment_gpt2_ppo.py with the variant `tiny` and the case's own settings, for 20 rollouts
-of 64 completions. Writes to `recipes/tune_ppo` what it logged (`curves.json`) and a picture of each case beside the
+of 48 completions. Writes to `recipes/tune_ppo` what it logged (`curves.json`) and a picture of each case beside the
 healthy one. A case that stands in the JSON is not run again.
 """
 
@@ -27,7 +27,7 @@ from trl import ModelConfig  # noqa: E402
 
 import sentiment_gpt2_ppo  # noqa: E402
 from eval.machine import cpu_name, git_commit  # noqa: E402
-from recipe_args import PPOArguments, parse  # noqa: E402
+from recipe_args import PPOArguments, one_line_errors, parse  # noqa: E402
 from trl_ppo import PPOConfig  # noqa: E402
 
 TINY = ROOT / "recipes" / "variants" / "sentiment_gpt2_ppo" / "tiny.yaml"
@@ -40,18 +40,26 @@ METRICS = {
     "approxkl": "policy/approxkl_avg",
     "clipped, share": "policy/clipfrac_avg",
 }
-UPDATE, TEXT = ("score", "KL, nats", "approxkl", "clipped, share"), ("score", "KL, nats", "entropy, nats")
-CRITIC = ("score", "KL, nats", "explained variance")
-FREE_KL = {"kl_coef": 0.0, "kl_target": None}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tune_curves",  # the same runs, the same file
+    "font.sans-serif": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+UPDATE = ("score", "KL, nats", "approxkl", "clipped, share")
 CASES = {  # what differs from the healthy run, and which curves tell
     "healthy": ({}, ("score", "KL, nats", "entropy, nats", "explained variance", "approxkl", "clipped, share")),
     "too_fast": ({"learning_rate": 1e-2}, UPDATE),
     "too_slow": ({"learning_rate": 1e-6}, UPDATE),
-    "reused": ({"num_iterations": 24}, UPDATE),
-    "too_dear": ({"kl_coef": 5.0, "kl_target": None}, (*TEXT, "explained variance")),
-    "cheated": ({"rewards": {f"{ROOT}/data_prep/toy_reviews.py:lexicon_score": 1.0}} | FREE_KL, TEXT),
-    "shrunk": ({"rewards": {"length_penalty": 1.0}} | FREE_KL, (*TEXT, "length, tokens")),
-    "no_critic": ({"vf_coef": 0.0}, CRITIC),
+    "too_dear": ({"kl_coef": 5.0, "kl_target": None}, UPDATE),
+    "cheated": (
+        {"rewards": {"length_penalty": 1.0}, "kl_coef": 0.0, "kl_target": None, "num_mini_batches": 4},
+        ("score", "KL, nats", "entropy, nats", "length, tokens"),
+    ),
+    "no_critic": ({"vf_coef": 0.0}, ("score", "KL, nats", "explained variance")),
 }
 
 
@@ -62,13 +70,13 @@ def train(name, args):
         "reward_model": str(args.models / "reward"),
         "dataset_name": str(args.prompts),
         "total_episodes": args.rollouts * args.batch,
-        "per_device_train_batch_size": args.batch,
         "output_dir": str(args.models / "tune" / name),
         "overwrite_output_dir": True,
         "disable_tqdm": True,
     }
-    settings |= CASES[name][0]
-    settings["logging_steps"] = settings["num_iterations"]  # a row for each rollout
+    settings |= {"num_mini_batches": 1} | CASES[name][0]
+    settings["per_device_train_batch_size"] = args.batch // settings["num_mini_batches"]
+    settings["logging_steps"] = settings["num_iterations"] * settings["num_mini_batches"]  # a row for each rollout
     config = args.models / "tune" / f"{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(settings))
@@ -88,18 +96,16 @@ def train(name, args):
 def draw(name, cases, path):
     """The curves that tell, of a case in red and of the healthy run in grey (which alone is blue)."""
     shown = CASES[name][1]
-    columns = min(len(shown), 4) if len(shown) != 6 else 3
-    figure = Figure(figsize=(2.7 * columns, 2.2 * (len(shown) // columns)), layout="constrained")
-    for curve, axes in zip(shown, figure.subplots(len(shown) // columns, columns).flat, strict=True):
-        for run, colour in {"healthy": "tab:blue" if name == "healthy" else "silver", name: "tab:red"}.items():
-            if run != name or name != "healthy":
+    columns = 3 if len(shown) == 6 else len(shown)
+    colours = {"healthy": "tab:blue"} if name == "healthy" else {"healthy": "darkgrey", name: "tab:red"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.7 * columns, 2.2 * (len(shown) // columns)), layout="constrained")
+        for curve, axes in zip(shown, figure.subplots(len(shown) // columns, columns).flat, strict=True):
+            for run, colour in colours.items():
                 numbers = cases[run]["curves"][curve]
                 axes.plot(range(1, len(numbers) + 1), numbers, color=colour, marker=".", markersize=3, linewidth=1)
-        axes.set_title(curve, fontsize=9)
-        axes.set_xlabel("rollout", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+            axes.set(title=curve, xlabel="rollout")
+            axes.locator_params(nbins=5)
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -110,7 +116,7 @@ def make_parser():
     parser.add_argument("--prompts", type=Path, default=Path("data/learn_ppo/prompts"))
     parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "tune_ppo")
     parser.add_argument("--rollouts", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64, help="completions of a rollout (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=48, help="completions of a rollout (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     return parser
 
@@ -121,7 +127,7 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "curves.json"
     cases = json.loads(path.read_text()) if path.exists() else {}
-    for name in args.cases:
+    for name in dict.fromkeys(["healthy", *args.cases]):
         if name not in cases:
             cases[name] = train(name, args)
             path.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(case)}' for key, case in cases.items()) + "\n}\n")
@@ -131,4 +137,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
