@@ -143,6 +143,12 @@ def test_every_file_and_setting_that_it_names_exists():
         assert setting in PPOConfig.__dataclass_fields__, setting
 
 
+def test_no_formula_within_a_sentence_is_broken_over_two_lines():
+    """A line that then began with a minus would become a list."""
+    sentences = re.sub(r"\$\$.*?\$\$", "", SAID, flags=re.DOTALL)
+    assert not [line for line in sentences.splitlines() if line.count("$") % 2]
+
+
 # --- What it shows --------------------------------------------------------------------------------------------------
 
 
