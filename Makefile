@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test memory-test mutants faults lint audit browser-test
+.PHONY: demo test memory-test notebook notebook-test mutants faults lint audit browser-test
 
 # On Linux pip's torch is CUDA's, gigabytes that a machine without an NVIDIA driver cannot use: there it is the CPU build,
 # unless its index cannot be reached.
@@ -26,6 +26,14 @@ test: .venv/.installed
 # Memory as computed by benchmarks/memory.py against what runs take: the cases that `make test` leaves out.
 memory-test: .venv/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_memory.py
+
+# Runs recipes/learn_ppo.ipynb, without Jupyter, and writes into it what its cells show; a few minutes.
+notebook: .venv/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/notebook_cells.py recipes/learn_ppo.ipynb
+
+# The same into a folder of its own, and holds what it shows to what it says.
+notebook-test: .venv/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_notebook.py
 
 # Breaks one line of the PPO code at a time and says whether a test fails; about half an hour.
 mutants: .venv/.installed
