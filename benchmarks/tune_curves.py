@@ -1,11 +1,11 @@
-"""The curves of recipes/tune_ppo.md: a healthy run on the toy reviews, and others with one thing wrong in each.
+"""The curves of recipes/guides/tune_ppo.md: a healthy run on the toy reviews, and others with one thing wrong in each.
 
     make notebook                              # recipes/learn_ppo.ipynb makes the models and the prompts
     python benchmarks/tune_curves.py
 
 Trains each case by recipes/sentiment_gpt2_ppo.py with the variant `tiny` and the case's own settings, for 20 rollouts
-of 48 completions. Writes to `recipes/tune_ppo` what it logged (`curves.json`) and a picture of each case beside the
-healthy one. A case that stands in the JSON is not run again.
+of 48 completions. Writes what it logged (`curves.json`) and a picture of each case beside the healthy one to
+`recipes/guides/tune_ppo`. A case that stands in the JSON is not run again.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("runs/learn_ppo"), help="folder of sft and reward")
     parser.add_argument("--prompts", type=Path, default=Path("data/learn_ppo/prompts"))
-    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "tune_ppo")
+    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "guides" / "tune_ppo")
     parser.add_argument("--rollouts", type=int, default=20)
     parser.add_argument("--batch", type=int, default=48, help="completions of a rollout (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])

@@ -162,6 +162,10 @@ def _parse(script, dataclass_types, args):
             raise UserError(f"{shown}: {key}: {value!r} is not one of {', '.join(map(str, choices[key]))}")
     for key in _given_as_null(args, hints):
         values[key] = None
+    words = {word.split("=")[0] for word in args}
+    for name in ("save", "eval"):  # who asks for steps wants them, whatever the YAML says
+        if f"--{name}_steps" in words and f"--{name}_strategy" not in words:
+            values[f"{name}_strategy"] = "steps"
     parser.set_defaults_with_config(**{k: v for k, v in values.items() if v is not None or k != "output_dir"})
     try:
         *outputs, rest = parser.parse_args_into_dataclasses(args, True, look_for_args_file=False)
@@ -582,11 +586,11 @@ def init_kwargs(training_args, model_args) -> dict[str, Any]:
 
 def fit_out(trainer) -> None:
     """What every stage but PPO adds to its trainer: short lines, a card that names the base, 4 bits that train."""
-    from trl_ppo.callbacks import NameBaseInCard, StageProgress, show_lines
+    from trl_ppo.callbacks import StageProgress, complete_card, show_lines
     from trl_ppo.logprobs import keep_4bit_differentiable
 
     show_lines(trainer, StageProgress)
-    trainer.add_callback(NameBaseInCard)
+    complete_card(trainer)
     keep_4bit_differentiable(trainer.model)
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from trl import GRPOConfig, ModelConfig, RewardConfig, ScriptArguments
 
 import recipe_args
+from conftest import ROOT
 from recipe_args import PPOArguments, UserError, check_model, check_path, load_split, one_line_errors, parse
 from trl_ppo import PPOConfig
 
@@ -475,3 +476,19 @@ def test_one_or_several_reward_models_may_be_given_on_the_command_line(given, mo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("--reward_model: ")
     assert line.endswith("write it as '[one, another]'")
+
+
+@pytest.mark.parametrize("name", ["save", "eval"])
+def test_who_asks_for_steps_gets_them_whatever_the_yaml_says(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script = str(ROOT / "recipes" / "sentiment_gpt2_ppo.py")
+    types = PPOArguments, PPOConfig, ModelConfig
+
+    def strategy_of(*words):
+        _, config, _ = parse(script, *types, args=["--config", "tiny", *words])
+        return getattr(config, f"{name}_strategy"), getattr(config, f"{name}_steps")
+
+    assert strategy_of()[0] == "no"
+    assert strategy_of(f"--{name}_steps", "8") == ("steps", 8)
+    assert strategy_of(f"--{name}_steps=8") == ("steps", 8)
+    assert strategy_of(f"--{name}_steps", "8", f"--{name}_strategy", "no")[0] == "no"

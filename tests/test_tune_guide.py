@@ -1,4 +1,4 @@
-"""The guide `recipes/tune_ppo.md`: its pictures are those of its runs, its lines of the doctor those that were said."""
+"""The guide `recipes/guides/tune_ppo.md`: pictures are those of its runs, lines of the doctor those that were said."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from conftest import ROOT
 from trl_ppo import PPOConfig
 from trl_ppo.doctor import SAYS
 
-GUIDE = ROOT / "recipes" / "tune_ppo.md"
-FOLDER = ROOT / "recipes" / "tune_ppo"
+GUIDE = ROOT / "recipes" / "guides" / "tune_ppo.md"
+FOLDER = ROOT / "recipes" / "guides" / "tune_ppo"
 CASES = json.loads((FOLDER / "curves.json").read_text())
 
 

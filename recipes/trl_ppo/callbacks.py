@@ -112,21 +112,6 @@ class StopOnSignal(TrainerCallback):
             raise SystemExit(128 + self.stopped)
 
 
-class NameBaseInCard(TrainerCallback):
-    """Says in TRL's model card what the model was trained from, where that is no model of the Hub ("None")."""
-
-    NONE = "is a fine-tuned version of [None](https://huggingface.co/None)"
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        """Called after each checkpoint, before which the card is written."""
-        card = Path(args.output_dir) / "README.md"
-        if state.is_world_process_zero and card.is_file():
-            base = getattr(model, "module", model).config._name_or_path
-            said = f"is a fine-tuned version of `{base}`" if base else "was trained from scratch"
-            text = card.read_text().replace(self.NONE, said).replace('model="None"', f'model="{args.output_dir}"')
-            card.write_text(text)
-
-
 class SyncReference(SyncRefModelCallback):
     """TRL's callback, which pairs weights by their order: the policy's own, without its critic's."""
 
@@ -230,10 +215,38 @@ def show_lines(trainer, progress=RolloutProgress):
         trainer.add_callback(progress)
 
 
+CRITIC = """
+## The critic
+
+`critic.safetensors` holds the critic, which the model does not need to write. A further PPO run starts from it with
+`critic_path` in `trl_ppo.PPOConfig`, the folder or a copy of this repository; `ppo_state.json` has β and what else a
+resumed run needs.
+"""
+
+
+def complete_card(trainer):
+    """Has TRL's model cards name a base that is no model of the Hub ("None"), and say what the critic's file is for."""
+    create = trainer.create_model_card
+
+    def create_and_complete(*args, **kwargs):
+        create(*args, **kwargs)
+        card = Path(trainer.args.output_dir) / "README.md"
+        if trainer.is_world_process_zero() and card.is_file():
+            base = trainer.accelerator.unwrap_model(trainer.model).config._name_or_path
+            said = f"is a fine-tuned version of `{base}`" if base else "was trained from scratch"
+            text = card.read_text().replace("is a fine-tuned version of [None](https://huggingface.co/None)", said)
+            text = text.replace('model="None"', f'model="{trainer.args.output_dir}"')
+            critic = CRITIC if hasattr(getattr(trainer, "policy", None), "critic") else ""
+            card.write_text(text.rstrip() + "\n" + critic)
+
+    trainer.create_model_card = create_and_complete
+
+
 def add_callbacks(trainer):
     """PPO's callbacks, and those that settings ask for."""
-    for callback in (OrderByPass, LogBeforeSave, NameBaseInCard):
+    for callback in (OrderByPass, LogBeforeSave):
         trainer.add_callback(callback)
+    complete_card(trainer)
     show_lines(trainer)
     if trainer.args.doctor:
         trainer.add_callback(Doctor(trainer))
