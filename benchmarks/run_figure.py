@@ -41,10 +41,14 @@ def draw(results):
     return figure
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    path = parser.parse_args(argv).results
+    return parser
+
+
+def main(argv=None):
+    path = make_parser().parse_args(argv).results
     with matplotlib.rc_context({"svg.hashsalt": "run"}):  # the same file for the same results
         draw(json.loads(path.read_text())).savefig(path.with_name("run.svg"), metadata={"Date": None})
     print(path.with_name("run.svg"))

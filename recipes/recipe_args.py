@@ -306,6 +306,7 @@ RENAMED = {
     "reward_model_path": "reward_model",
     "cliprange": "epsilon",
     "init_kl_coef": "kl_coef",
+    "exp_name": "run_name",
     "num_sample_generations": "eval_steps",
 }
 

@@ -96,6 +96,9 @@ def checkpoint_to_resume(given, args, also=()):
     if newest:
         say(f"resume_from_checkpoint: {f'goes on from {chosen}' if chosen else 'nothing to resume from, a new run'}")
     step = json.loads((Path(chosen) / TRAINER_STATE).read_text())["global_step"] if chosen else 0
+    if 0 < args.max_steps < step:
+        asked = f"the {args.max_steps} steps that total_episodes or max_steps asks for"
+        say(f"resume_from_checkpoint: '{chosen}' is past {asked}: no training, its model is the result")
     if args.process_index == 0:
         set_aside([path for path in numbered(args.output_dir) if _step(path) > step])
     return chosen
@@ -157,10 +160,6 @@ def load_state(trainer, folder):
     for what, settings in (("kept from the checkpoint", kept), ("changed", changed)):
         if settings and trainer.args.process_index == 0:
             print(f"resume_from_checkpoint: {what}: {'; '.join(settings)}", flush=True)
-    step = json.loads((Path(folder) / TRAINER_STATE).read_text())["global_step"]
-    if 0 < trainer.args.max_steps < step and trainer.args.process_index == 0:
-        asked = f"the {trainer.args.max_steps} steps that total_episodes or max_steps asks for"
-        print(f"resume_from_checkpoint: '{folder}' is past {asked}: no training, its model is the result", flush=True)
     trainer.kl_coef, trainer.score_sums = state["kl_coef"], state["score_sums"]
     if not trainer.is_deepspeed_enabled:  # whose engine loads the critic with the policy
         load_critic(trainer.policy.critic, folder)
