@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from trl import GRPOConfig, ModelConfig, RewardConfig, ScriptArguments
 
 import recipe_args
-from conftest import ROOT
 from recipe_args import PPOArguments, UserError, check_model, check_path, load_split, one_line_errors, parse
 from trl_ppo import PPOConfig
 
