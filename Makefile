@@ -60,7 +60,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml
+# The threads that accelerate takes by itself, given so that it need not say so.
+THREADS = $(shell $(BIN)/python -c "import psutil; print(psutil.cpu_count(logical=False) or 1)")
+LAUNCH = $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
+	--num_cpu_threads_per_process $(THREADS)
 
 # Data, language model, reward model, PPO and report of the toy reviews; offline once installed. The seconds are those of
 # an idle 2-core Intel Xeon (README.md, recipes/README.md).
