@@ -37,6 +37,7 @@ from dataset_files import (
     load_files,
     normalise,
     row_count,
+    share,
     text_of,
     write,
 )
@@ -47,17 +48,6 @@ KINDS = {
     "prompts": [("prompt",)],
 }
 TEST_NAME = re.compile(r"(test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
-
-
-def share(text: str) -> float:
-    """An argument that is a number between 0 and 1, neither included."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
 
 
 def column_map(text: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Write posts and their titles or summaries as the files of a small model's summarisation, from scratch to PPO.
 
     python data_prep/summaries.py [--source trl-lib/tldr] [--target title] [--output data/reddit_tldr] [--seed 0]
-        [--limit N] [--max_words 200] [--max_summary_words 32] [--pairs_per_post 2]
+        [--limit N] [--max_words 200] [--max_summary_words 32] [--pairs_per_post 2] [--echoes 0]
     python data_prep/summaries.py --target title --output data/reddit_titles
     python data_prep/summaries.py --source knkarthick/dialogsum --output data/dialogsum
 
@@ -30,6 +30,9 @@ Chosen is the reference. Rejected is made from it, so all these pairs are synthe
     truncated  the reference broken off, n words shorter
     repeated   the reference with its last words said again, n words longer
 
+`--echoes 0.5` adds a row to pretrain's train for half of the posts: 30 to 80 words of it, and the same once more. A
+small model that only reads posts does not learn to copy, which a summary needs; predicting an echo teaches it.
+
 Each post has `--pairs_per_post` of them, drawn at random; beginning and end look like the reference's, but for
 truncated. In words the longer text is chosen as often as not, so that length alone teaches a reward model nothing.
 
@@ -55,6 +58,7 @@ from dataset_files import (
     folder,
     load_splits,
     normalise,
+    share,
     text_of,
     write,
 )
@@ -174,6 +178,15 @@ def as_pair(prompt: str, chosen: str, rejected: str, source: str) -> dict:
     return {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}", "source": source}
 
 
+def echo(post: str, rng: random.Random) -> str:
+    """A stretch of the post of 30 to 80 words, or all of a shorter one, twice in a row."""
+    words = post.split()
+    length = min(len(words), rng.randint(30, 80))
+    start = rng.randint(0, len(words) - length)
+    stretch = " ".join(words[start : start + length])
+    return f"{stretch} {stretch}"
+
+
 # --- Files --------------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +209,11 @@ def fill(outbox: Outbox, reader: Reader, splits: dict, comparisons: dict, args) 
             if keep(row, side, reader, compared, args):
                 for kind in SHARES if side == "test" else [share_of(row["post"], args.seed, SHARES)]:
                     rows[kind].append(row)
+        echoes = random.Random(f"{args.seed}/echoes")
         for row in rows["sft"]:
             outbox.add("pretrain", side, {"text": f"{row['prompt']} {row['summary']}"})
+            if side == "train" and echoes.random() < args.echoes:
+                outbox.add("pretrain", side, {"text": echo(row["post"], echoes)})
             outbox.add("sft", side, {"prompt": row["prompt"], "completion": f" {row['summary']}"})
         for row in rows["prompts"]:
             outbox.add("prompts", side, {"prompt": row["prompt"], "reference": f" {row['summary']}"})
@@ -233,6 +249,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max_words", type=count, default=200, help="of a post; longer ones are left out")
     parser.add_argument("--max_summary_words", type=count, default=32, help="of a summary; longer ones are left out")
     parser.add_argument("--pairs_per_post", type=count, default=2, help="at most 5")
+    parser.add_argument("--echoes", type=share, default=0.0, help="share of posts of which a stretch is repeated")
     return parser
 
 

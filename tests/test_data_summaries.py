@@ -223,3 +223,28 @@ def test_samples_that_are_not_there_end_in_one_line(source, tmp_path, capsys):
     run(summaries.main, *source())
     folder = ["--pairs", tmp_path / "out" / "pairs", "--samples", tmp_path / "none.jsonl"]
     assert "no such file" in fails_in_one_line(capsys, sampled_pairs.main, *folder)
+
+
+# --- Echoes -------------------------------------------------------------------------------------------------------
+
+
+def test_echoes_are_stretches_of_the_language_models_own_posts_twice_and_nothing_else_changes(source, tmp_path):
+    arguments = source()
+    plain = run(summaries.main, *arguments)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
+    echoed = run(summaries.main, *arguments, "--echoes", "0.5")
+    (changed,) = [path for path, content in before.items() if path.read_bytes() != content]
+    assert changed == tmp_path / "out" / "pretrain" / "train.jsonl"
+    added = [text for text in texts(tmp_path / "out", "pretrain", "train") if not text.startswith("SUBREDDIT")]
+    assert len(added) == sum(echoed.values()) - sum(plain.values())
+    assert 0.3 < len(added) / (len(texts(tmp_path / "out", "sft", "train"))) < 0.7
+    own = " ".join(posts_in(tmp_path / "out", "sft", "train"))
+    for text in added:
+        half = text[: len(text) // 2]
+        assert text == f"{half} {half}"
+        assert half in own
+
+
+@pytest.mark.parametrize("share", ["1.5", "-0.1", "nan"])
+def test_a_share_of_echoes_that_is_none_is_one_line(source, capsys, share):
+    assert "--echoes" in fails_in_one_line(capsys, summaries.main, *source(), "--echoes", share)
