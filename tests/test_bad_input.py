@@ -301,10 +301,13 @@ def test_a_column_that_reward_functions_get_from_elsewhere(column, settings, sta
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b'{"prompt": "a"}\n' * 999)[:-20], "Compressed file ended before the end-of-stream marker"),
+        (
+            gzip.compress(b'{"prompt": "a"}\n' * 999, mtime=0)[:-20],
+            "Compressed file ended before the end-of-stream marker",
+        ),
         (b"garbage", "Not a gzipped file"),
-        (gzip.compress(b'{"prompt": "\\ud800"}\n'), "surrogate"),
-        (gzip.compress(b"\xff\xfe\xff"), "dataset_name"),
+        (gzip.compress(b'{"prompt": "\\ud800"}\n', mtime=0), "surrogate"),
+        (gzip.compress(b"\xff\xfe\xff", mtime=0), "dataset_name"),
     ],
 )
 def test_a_file_that_is_damaged(content, said, settings, start, refusal, no_weights, tmp_path):
