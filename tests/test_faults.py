@@ -42,6 +42,7 @@ class Args:
 
     def __init__(self, folder, resume=None):
         self.output_dir, self.resume_from_checkpoint, self.process_index = str(folder), resume, 0
+        self.max_steps = -1
 
 
 def files_of(checkpoint):
