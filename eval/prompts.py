@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import datasets
 
-from eval.loading import positions_of
+from eval.loading import check_language_model, generation_config, load_tokenizer, positions_of, stop_ids
 from recipe_args import load_split, prompt_cutter
 from trl_ppo.inputs import UserError
 
@@ -117,3 +117,15 @@ def check_lengths(prompts: Prompts, configs: Iterable, max_new_tokens: int) -> N
                 f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that is over the models' "
                 f"{room} positions (--prompt_tokens cuts prompts, --max_prompt_tokens leaves them out)"
             )
+
+
+def prepare(option: str, path: str, load, cut: tuple[int, int] | None, args) -> tuple:
+    """The configuration, tokenizer, prompts and stop ids for sampling from the model at `path`, which `option` names.
+
+    `load()` gives the prompts. UserError for what is wrong, without the model's weights.
+    """
+    config = check_language_model(option, path)
+    prompts, tokenizer = load(), load_tokenizer(path)
+    prompts = fit_prompts(prompts, tokenizer, cut, args.max_prompt_tokens, args.seed)
+    check_lengths(prompts, [config], args.max_new_tokens)
+    return config, tokenizer, prompts, stop_ids([generation_config(path, config)], tokenizer)

@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +25,10 @@ import numpy as np
 from eval.best_of_n import expected_best, measure_best_of_n
 from eval.generation import generate
 from eval.intervals import paired_difference
-from eval.loading import (
-    at_least,
-    check_language_model,
-    generation_config,
-    load_model,
-    load_tokenizer,
-    positive,
-    stop_ids,
-)
+from eval.loading import at_least, load_model, positive
 from eval.pairs import load_pairs
 from eval.probes import PROBES, measure_reward, verdict
-from eval.prompts import check_lengths, fit_prompts, load_prompts
+from eval.prompts import load_prompts, prepare
 from eval.provenance import describe_model, describe_origin, describe_rewards
 from eval.report import code, escape, markdown_table, readable, write_atomically
 from eval.scores import load_rewards, parse_rewards, score
@@ -132,12 +125,8 @@ def check(args, argv: list[str]) -> dict:
 
 def plan_samples(args) -> tuple:
     """The base model's description, its tokenizer, the prompts, each N times, and the stop ids; no weights."""
-    config = check_language_model("--base", args.base)
-    tokenizer = load_tokenizer(args.base)
-    prompts = load_prompts(args.prompts, args.split, "prompt", args.n_prompts)
-    prompts = fit_prompts(prompts, tokenizer, args.prompt_tokens, args.max_prompt_tokens, args.seed)
-    check_lengths(prompts, [config], args.max_new_tokens)
-    eos = stop_ids([generation_config(args.base, config)], tokenizer)
+    load = partial(load_prompts, args.prompts, args.split, "prompt", args.n_prompts)
+    config, tokenizer, prompts, eos = prepare("--base", args.base, load, args.prompt_tokens, args)
     return describe_model(args.base, config), tokenizer, prompts.repeat(max(args.best_of)), eos
 
 

@@ -12,16 +12,8 @@ import json
 from pathlib import Path
 
 from eval.generation import generate
-from eval.loading import (
-    at_least,
-    check_language_model,
-    generation_config,
-    load_model,
-    load_tokenizer,
-    positive,
-    stop_ids,
-)
-from eval.prompts import check_lengths, fit_prompts, load_prompts
+from eval.loading import at_least, load_model, positive
+from eval.prompts import load_prompts, prepare
 from eval.report import write_atomically
 from recipe_args import OneLineParser
 from trl_ppo.inputs import UserError
@@ -50,13 +42,12 @@ def sample(args) -> list[dict]:
     """The rows, written to `args.output`; UserError for bad input, before the model loads."""
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output {args.output} is there already; name another file, or give --overwrite")
-    config = check_language_model("--model", args.model)
-    prompts = load_prompts(args.prompts, args.split, args.prompt_column, args.n_prompts)
-    prompts = prompts.select({text: index for index, text in enumerate(prompts.texts)}.values())
-    tokenizer = load_tokenizer(args.model)
-    prompts = fit_prompts(prompts, tokenizer, None, args.max_prompt_tokens, args.seed)
-    check_lengths(prompts, [config], args.max_new_tokens)
-    eos = stop_ids([generation_config(args.model, config)], tokenizer)
+
+    def load():
+        prompts = load_prompts(args.prompts, args.split, args.prompt_column, args.n_prompts)
+        return prompts.select({text: index for index, text in enumerate(prompts.texts)}.values())
+
+    _, tokenizer, prompts, eos = prepare("--model", args.model, load, None, args)
     ids = generate(load_model(args.model), tokenizer, prompts.ids, eos, args, "sample")
     completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
     pairs = zip(prompts.texts, completions, strict=True)

@@ -105,10 +105,11 @@ def run(main, script: str):
     with one_line_errors():
         terminal.hide_noise()
         script_args, training_args, model_args = parse(script, *main.__annotations__.values())
-        main(script_args, training_args, model_args)
         path, _ = _choose_config(Path(script), sys.argv[1:])
+        text, values = path.read_text(encoding="utf-8"), _read_yaml(path, path)  # now: after training it may be gone
+        main(script_args, training_args, model_args)
         given = vars(script_args) | vars(training_args) | vars(model_args)
-        command = terminal.next_command(path.read_text(encoding="utf-8"), _read_yaml(path, path), given)
+        command = terminal.next_command(text, values, given)
         if command and os.environ.get("RANK", "0") == "0" and not given.get("dry_run"):
             print(f"next: {command}")
 
