@@ -335,7 +335,7 @@ class OutputArguments(ScriptArguments):
     overwrite_output_dir: bool = _option("Train into a folder that holds a run; its checkpoints are set aside.", False)
 
     CHECKPOINT_FILES: ClassVar[tuple] = ()  # what a checkpoint must hold besides Trainer's files
-    dry_run: ClassVar[bool] = False  # what has it writes to no folder
+    dry_run: ClassVar[bool] = False  # what has it claims no folder
 
     def claim_output_dir(self, training_args, model_args) -> None:
         """Take `output_dir` for this run alone, and put the checkpoint to resume from, or None, into `training_args`.
@@ -351,18 +351,18 @@ class OutputArguments(ScriptArguments):
             paths = [path for value in given for path in (value if isinstance(value, list) else [value])]
             if any(path and folder.resolve() == Path(path).resolve() for path in paths):
                 raise UserError(f"output_dir: '{folder}' is where {key} is read from; give another folder")
-        if main and not self.dry_run:
+        if self.dry_run:
+            return
+        if main:
             lock_folder(folder)
         given = training_args.resume_from_checkpoint
         if main and str(given).lower() == "true" and not numbered(folder):
             self._refuse_a_run(folder, [])  # before it says that there is nothing to resume from
-        if not self.dry_run:
-            training_args.resume_from_checkpoint = checkpoint_to_resume(given, training_args, self.CHECKPOINT_FILES)
+        training_args.resume_from_checkpoint = checkpoint_to_resume(given, training_args, self.CHECKPOINT_FILES)
         if not main or training_args.resume_from_checkpoint is not None:
             return
         self._refuse_a_run(folder, numbered(folder))
-        if not self.dry_run:
-            set_aside(numbered(folder))
+        set_aside(numbered(folder))
 
     def _refuse_a_run(self, folder, checkpoints) -> None:
         there = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
@@ -570,7 +570,11 @@ class PPOArguments(RecipeArguments):
         from rewards import ensemble, preference, reference_sampler
 
         models = [self._load_classifier(path) for path in self.reward_models]
-        reward = ensemble(models, self.reward_variance_coef) if len(models) > 1 else models[0]
+        if len(models) > 1:
+            reward = ensemble(models, self.reward_variance_coef)
+        else:
+            reward = models[0]
+            reward.__name__ = "reward_model"  # as the YAML has it, whatever its folder is called
         if not self.preference_as_reward:
             return reward
         path, quantization = model_args.model_name_or_path, get_quantization_config(model_args)

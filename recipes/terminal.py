@@ -18,6 +18,7 @@ NEW_HEAD = {  # of a classifier that is made of a language model: the one that i
     "UNEXPECTED": re.compile(r"(lm_head|cls|lm_predictions|mask_predictions|vocab_\w+)\."),
 }
 PATHS = ("model_name_or_path", "reward_model", "judge", "dataset_name", "output_dir")
+REPORT = re.compile(r"(?<=--output )\S+")
 LIBRARIES = r"(transformers|trl|peft|accelerate|datasets|torch|huggingface_hub)\."
 
 
@@ -147,6 +148,12 @@ def next_command(text, theirs, given):
     if not found or any(theirs[key] != given[key] for key in same if key in theirs):
         return None
     command = " ".join(found[0].replace("\\\n", " ").split())
+    moved = given["output_dir"] != theirs["output_dir"]  # the report of another run stays as it is
+    added = [name for name in given.get("rewards", ()) if name not in theirs.get("rewards", ())]
+    functions = [name if ":" in name else f"rewards:{name}" for name in added]
+    rewards = "".join(f" --reward {name.rpartition(':')[2]}={name}" for name in functions)
+    report = f"{given['output_dir'].rstrip('/')}_report"
+    command = REPORT.sub(lambda path: (report if moved else path[0]) + rewards, command)
     swapped = {theirs[key]: given[key] for key in PATHS if key in theirs and isinstance(given[key], str)}
     paths = "|".join(map(re.escape, swapped))
     return re.sub(rf"(?<![\w./-])({paths})(?![\w./-])", lambda path: swapped[path[0]], command) if paths else command

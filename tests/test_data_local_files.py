@@ -67,6 +67,20 @@ def test_columns_that_have_the_wanted_names_need_no_mention_and_prompt_is_option
     assert {row["prompt"] for row in both(tmp_path, "prompts")} == {f"q{i}" for i in range(10)}
 
 
+def test_labelled_texts_become_pairs_with_each_text_once_and_none_on_both_sides(tmp_path, capsys):
+    rows = [{"review": f"review {i}", "label": i % 3, "id": i} for i in range(60)]
+    options = "--kind", "pairs", "--columns", "text=review", "--good", "label=1"
+    counts = prepare(tmp_path, "--source", write_rows(tmp_path / "a.jsonl", rows), *options)
+    label = {row["review"]: row["label"] for row in rows}
+    pairs = both(tmp_path, "pairs")
+    assert all(label[pair["chosen"]] == 1 != label[pair["rejected"]] for pair in pairs)
+    texts = [text for pair in pairs for text in pair.values()]
+    assert len(texts) == len({*texts}) == 2 * sum(counts.values())
+    out = left_out(capsys.readouterr().out)
+    assert len(texts) + sum(out.values()) == 60
+    assert all(reason.endswith("no partner of another label") for reason in out)
+
+
 def test_sft_takes_prompt_and_completion_where_they_are_named(tmp_path):
     rows = [{"text": "t", "q": f"q{i}", "a": f" a{i}"} for i in range(10)]
     source = write_rows(tmp_path / "a.jsonl", rows)
@@ -136,6 +150,10 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
         (["--kind", "sft", "--columns", "text=review", "--keep", "rating"], "--keep rating"),
         (["--kind", "sft", "--columns", "text=review", "--test_share", "1.5"], "--test_share"),
         (["--kind", "reviews"], "--kind"),
+        (["--kind", "sft", "--columns", "text=review", "--good", "stars=1"], "--good"),
+        (["--kind", "pairs", "--columns", "text=review", "--good", "stars=9"], "stars has 0, 1, 2, 3, 4"),
+        (["--kind", "pairs", "--columns", "text=review", "--good", "rating=1"], "'rating'"),
+        (["--kind", "pairs", "--columns", "text=review", "--good", "stars"], "column=value"),
         ([], "--kind"),
         (["--kind", "sft", "--source", "nowhere.csv"], "nowhere.csv"),
     ],

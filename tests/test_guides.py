@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import recipe_args
 from conftest import ROOT
 from data_prep import toy_reviews
 from test_documentation import COMMAND, blocks
@@ -84,3 +85,14 @@ def test_the_reward_that_reads_a_column_is_one():
     exec(compile(code, "your_reward.md", "exec"), namespace := {})
     texts = [" it is Paris", " no idea"]
     assert namespace["contains_the_answer"](["?", "?"], texts, answer=["Paris", "Rome"], trainer_state=None) == [1, 0]
+
+
+def test_the_commands_for_a_gpu_name_settings_that_the_recipes_have(after_the_demo, monkeypatch):
+    monkeypatch.chdir(after_the_demo)
+    [block] = blocks(GUIDES / "your_data.md", "sh")
+    for command in COMMAND.findall(block):
+        script, *options = shlex.split(command.replace("\\\n", " "))[2:]
+        annotations = importlib.import_module(Path(script).stem).main.__annotations__
+        first, training, _ = recipe_args.parse(ROOT / script, *annotations.values(), args=options)
+        assert first.dataset_name.startswith("data/mine")
+        assert training.output_dir.startswith("runs/mine")

@@ -173,13 +173,41 @@ def test_a_row_of_the_log_is_a_short_line(progress, logs, line):
     assert lines == ([line] if line else [])
 
 
+def test_a_line_shows_each_reward_that_has_a_weight_beside_their_sum_and_the_judge(
+    settings, classifier_path, start, tmp_path
+):
+    given = settings | {"reward_model": classifier_path, "output_dir": str(tmp_path / "two")}
+    weights = {"reward_model": 1.0, "length_penalty": 0.5, "repetition_penalty": 0.0}
+    trainer = start(given | {"rewards": weights}, "--disable_tqdm", "false")
+    [bar] = [each for each in trainer.callback_handler.callbacks if isinstance(each, RolloutProgress)]
+    assert {*bar.parts} == {"reward_model", "length_penalty"}
+    logged = {name for row in trainer.state.log_history for name in row if name.startswith("rewards/")}
+    assert logged == {f"rewards/{name}" for name in weights}
+    judged = given | {"rewards": {"length_penalty": 0.5}, "judge": classifier_path, "reward_model": None}
+    trainer = start(judged, "--disable_tqdm", "false", "--overwrite_output_dir", "true")
+    [bar] = [each for each in trainer.callback_handler.callbacks if isinstance(each, RolloutProgress)]
+    assert bar.parts == ("judge",)
+
+
+def test_a_dry_run_may_name_a_folder_that_holds_a_run_and_leaves_it_as_it_is(settings, start, tmp_path):
+    start(settings, "--output_dir", str(tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    start(settings, "--output_dir", str(tmp_path / "run"), "--dry_run", "true")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
 def test_the_next_command_is_the_yamls_own_with_the_paths_of_this_run():
     text = "# PPO.\n#   python -m eval.compare --base a/b --tuned runs/x \\\n"
     text += "#     --reward r=a/c#UP --output runs/x_report\n# Hardware: none.\nkey: 1\n"
     theirs = {"model_name_or_path": "a/b", "reward_model": "a/c", "output_dir": "runs/x", "max_completion_length": 16}
     given = theirs | {"reward_model": "mine/c", "output_dir": "runs/y"}
     command = terminal.next_command(text, theirs, given)
-    assert command == "python -m eval.compare --base a/b --tuned runs/y --reward r=mine/c#UP --output runs/x_report"
+    assert command == "python -m eval.compare --base a/b --tuned runs/y --reward r=mine/c#UP --output runs/y_report"
+    rewards = {"reward_model": 1.0, "length_penalty": 0.1, "mine.py:calm": 0.5}
+    command = terminal.next_command(text, theirs | {"rewards": {"reward_model": 1.0}}, given | {"rewards": rewards})
+    added = " --reward length_penalty=rewards:length_penalty --reward calm=mine.py:calm"
+    assert command.endswith(f"--output runs/y_report{added}")
+    assert "--output runs/x_report" in terminal.next_command(text, theirs, theirs)
     assert terminal.next_command(text, theirs, given | {"max_completion_length": 8}) is None
     assert terminal.next_command("# PPO.\n#   accelerate launch recipes/x.py\nkey: 1\n", theirs, given) is None
 

@@ -185,11 +185,14 @@ class RolloutProgress(ProgressCallback):
         "val/explained_variance": "explained variance {:.2f}",
     }
 
+    parts: tuple = ()  # names of rewards that are shown beside their sum
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Called with each row of the log."""
+        texts = self.SHOWN | {f"rewards/{name}": f"{name} {{:.3f}}" for name in self.parts}
         if state.is_world_process_zero and self.training_bar is not None:
             for prefix, title in (("", "step"), ("eval_", "held-out, step")):
-                shown = [text.format(logs[prefix + name]) for name, text in self.SHOWN.items() if prefix + name in logs]
+                shown = [text.format(logs[prefix + name]) for name, text in texts.items() if prefix + name in logs]
                 if shown:
                     self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))
 
@@ -212,7 +215,17 @@ class StageProgress(RolloutProgress):
 def show_lines(trainer, progress=RolloutProgress):
     """Put `progress` in the place of Trainer's own bar, if it has one."""
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(progress)
+        callback = progress()
+        callback.parts = _parts_of_the_score(trainer)
+        trainer.add_callback(callback)
+
+
+def _parts_of_the_score(trainer):
+    """The names of a trainer's rewards that have a weight, if they are several, and a recipe's judge."""
+    names = getattr(trainer, "reward_func_names", ())
+    weights = getattr(trainer, "reward_weights", ())
+    weighted = tuple(name for name, weight in zip(names, weights, strict=True) if weight)
+    return (weighted if len(weighted) > 1 else ()) + tuple(name for name in names if name == "judge")
 
 
 CRITIC = """
