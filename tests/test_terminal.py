@@ -21,7 +21,7 @@ from rewards import check_signature
 from test_bad_input import refusal, settings, start  # noqa: F401  fixtures
 from test_recipes import RECIPES, YAMLS, name_of
 from trl_ppo import PPOConfig
-from trl_ppo.callbacks import RolloutProgress, StageProgress
+from trl_ppo.callbacks import RolloutProgress, StageProgress, curve
 from trl_ppo.inputs import first_line, not_finite
 
 # --- --help ---------------------------------------------------------------------------------------------------------
@@ -166,11 +166,20 @@ def test_a_run_says_its_episodes_rollouts_and_steps_and_names_no_critic_that_it_
     ],
 )  # fmt: skip
 def test_a_row_of_the_log_is_a_short_line(progress, logs, line):
-    lines = []
+    lines, drawn = [], []
     bar = progress()
-    bar.training_bar = SimpleNamespace(write=lines.append)
-    bar.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=3), None, logs=logs)
+    bar.training_bar = SimpleNamespace(write=lines.append, set_postfix_str=drawn.append)
+    history = [{"loss": 4.0, "objective/kl": 0.0}, logs]
+    bar.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=3, log_history=history), None, logs=logs)
     assert lines == ([line] if line else [])
+    assert drawn == ["kl ▁█" if progress is RolloutProgress else "loss █▁" if "loss" in logs else "loss ▁"]
+
+
+def test_a_curve_goes_from_the_least_to_the_most_in_a_few_blocks():
+    assert curve(range(8)) == "▁▂▃▄▅▆▇█"
+    assert curve([2.0]) == curve([-1.0]) == "▁"
+    assert curve([0, 2, 10, 12, 0, 0], width=3) == "▂█▁"
+    assert len(curve(range(1000))) == 12
 
 
 def test_a_line_shows_each_reward_that_has_a_weight_beside_their_sum_and_the_judge(

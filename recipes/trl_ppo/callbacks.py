@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from transformers import ProgressCallback, TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -174,8 +175,12 @@ class StopAtKL(TrainerCallback):
 
 
 class RolloutProgress(ProgressCallback):
-    """Trainer's progress bar, with a short line a log in place of the forty metrics that the loggers get."""
+    """Trainer's progress bar, with a short line a log in place of the forty metrics that the loggers get.
 
+    Behind the bar stand the curves of those in `DRAWN`.
+    """
+
+    DRAWN = ("objective/scores", "objective/kl")
     SHOWN: ClassVar[dict[str, str]] = {
         "objective/scores": "score {:.3f}",
         "objective/kl": "kl {:z.2f}",  # z: 0.00, never -0.00
@@ -195,11 +200,22 @@ class RolloutProgress(ProgressCallback):
                 shown = [text.format(logs[prefix + name]) for name, text in texts.items() if prefix + name in logs]
                 if shown:
                     self.training_bar.write("  ".join([f"{title} {state.global_step}", *shown]))
+            curves = {name: [row[name] for row in state.log_history if name in row] for name in self.DRAWN}
+            drawn = [f"{self.SHOWN[name].split()[0]} {curve(values)}" for name, values in curves.items() if values]
+            self.training_bar.set_postfix_str(" ".join(drawn))
+
+
+def curve(values, width=12):
+    """At most `width` blocks, ▁ for the least of `values` and █ for the most; each the mean of a stretch of them."""
+    stretches = [stretch.mean() for stretch in np.array_split(values, min(width, len(values)))]
+    least, most = min(stretches), max(stretches)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - least) / ((most - least) or 1))] for mean in stretches)
 
 
 class StageProgress(RolloutProgress):
     """The same for trainers of TRL's and transformers'."""
 
+    DRAWN = ("loss", "reward")
     SHOWN: ClassVar[dict[str, str]] = {
         "loss": "loss {:.3f}",
         "mean_token_accuracy": "token accuracy {:.3f}",
