@@ -109,7 +109,7 @@ class Evaluator:
         return rows
 
     def logprobs(self, model, title, ids, batch=128):
-        """Log-probability of each completion, in nats per sequence."""
+        """Log-probability of each completion, in nats per completion."""
         from eval.generation import sequence_logprobs
 
         settings = argparse.Namespace(batch_size=batch)

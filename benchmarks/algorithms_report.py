@@ -155,7 +155,7 @@ def draw(groups, levels, path):
                 label=None if number else f"{name}, n = {len(runs)}" if algorithm != "best_of_n" else name,
             )
     axes.axhline(SHARE, color="grey", linewidth=0.5)
-    axes.set(xlim=(0, 16), xlabel="KL to the start, nats per sequence", ylabel="positive by an unseen judge")
+    axes.set(xlim=(0, 16), xlabel="KL to the start, nats per completion", ylabel="positive by an unseen judge")
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path)
 

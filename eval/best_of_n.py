@@ -16,7 +16,7 @@ from eval.intervals import interval, paired_difference
 
 
 def kl_bound(n: int) -> float:
-    """The most that best-of-n can differ from the base, in nats per sequence."""
+    """The most that best-of-n can differ from the base, in nats per completion."""
     return math.log(n) - (n - 1) / n
 
 

@@ -92,7 +92,7 @@ def _of_comparison(results: dict) -> Iterator[Picture]:
 def _of_runs(results: dict) -> Iterator[Picture]:
     for name in results["rewards"]:
         yield _runs(results, f"{label_of(results, name)}: mean", lambda m, name=name: m["rewards"][name]["mean"], name)
-    yield _runs(results, "KL(tuned‖base), nats per sequence", lambda metrics: metrics["kl"], "kl")
+    yield _runs(results, "KL(tuned‖base), nats per completion", lambda metrics: metrics["kl"], "kl")
     yield _frontier(results)
 
 
@@ -151,7 +151,7 @@ def _frontier(results: dict) -> Picture:
         scores = [point["rewards"][reward] for point in points]
         names = [f"n={point['n']}" for point in points]
         places += _points(axes, bounds, scores, names, "s--", OTHER, "best-of-n of the base", (-6, 2))
-    axes.set(xlabel="KL to the base, nats per sequence", ylabel=f"{label_of(results, reward)}: mean")
+    axes.set(xlabel="KL to the base, nats per completion", ylabel=f"{label_of(results, reward)}: mean")
     _legend(figure)
     what = "the runs" if results["kind"] == "runs" else "the checkpoints" if results["sweep"] else "the tuned model"
     what += " and best-of-n of the base" if results["best_of_n"] else ""

@@ -27,7 +27,7 @@ DISTINCT = {"distinct_unigrams": 1, "distinct_bigrams": 2, "distinct_trigrams": 
 class Samples:
     """One model's completions, one for each prompt: token ids, text, whether they ended in EOS, and what was measured.
 
-    `base_logprobs` (n,) are the base's, in nats per sequence, and so is `kl` (n,), log π_tuned − log π_base; `rouge`
+    `base_logprobs` (n,) are the base's, in nats per completion, and so is `kl` (n,), log π_tuned − log π_base; `rouge`
     holds F-measures (n,) by ROUGE type where the data has references, `judged` a pairwise judge's verdicts by opponent.
     """
 

@@ -1,6 +1,6 @@
 """How far reward and judges rise with √KL before they fall, and the curves of Gao et al. 2023 (arXiv:2210.10760).
 
-With d = √KL, KL in nats per sequence, the gain over the base is fitted by least squares as d·(α − β·log d) for the
+With d = √KL, KL in nats per completion, the gain over the base is fitted by least squares as d·(α − β·log d) for the
 checkpoints of a PPO run and as d·(α − β·d) for best-of-n (their eqs. 1 and 2). Where β > 0 the first peaks at
 d = exp(α/β − 1), the second at d = α/(2β). Both are linear in α and β.
 """

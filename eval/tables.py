@@ -12,7 +12,7 @@ REWARD_LABELS = {
     "win_rate": "win rate of tuned over base",
 }
 METRIC_LABELS = {
-    "kl": "KL(tuned‖base), nats per sequence",
+    "kl": "KL(tuned‖base), nats per completion",
     "kl_per_token": "KL(tuned‖base), nats per token",
     "length": "completion length, tokens",
     "missing_eos": "share without EOS",

@@ -96,7 +96,7 @@ def sentences(results: dict) -> list[str]:
     found = [_reward_sentence(results, name, each["mean"]) for name, each in metrics["rewards"].items()]
     kl, length, trigrams = (metrics[name] for name in ("kl", "length", "distinct_trigrams"))
     found.append(
-        f"The price: a KL to the base of {estimate_text(kl['tuned'])} nats per sequence; length changes by "
+        f"The price: a KL to the base of {estimate_text(kl['tuned'])} nats per completion; length changes by "
         f"{estimate_text(length['difference'], '+')} tokens, the share of distinct trigrams by "
         f"{estimate_text(trigrams['difference'], '+')}."
     )

@@ -26,7 +26,7 @@ class PPOSettings:
         "biased (arXiv:2510.01555, 2512.21852).",
         choices=["k1", "k3"],
     )
-    kl_target: float | None = setting(None, "Adapt β towards this KL per sequence, in nats; fixed β if not set.")
+    kl_target: float | None = setting(None, "Adapt β towards this KL per completion, in nats; fixed β if not set.")
     kl_horizon: int = setting(10_000, "Episodes over which an adaptive β reacts.")
     stop_at_kl: float | None = setting(
         None,
