@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 SHARE = 0.9
 FAILED = 0.8  # a run is held to have failed whose policy never gets this share within the highest level
+SEEDS = 3  # that a setting needs to stand for its algorithm, where it has one with so many
 STARTS = {  # of each family: what PPO's settings are where a run names none
     "scratch": {"num_iterations": "4", "learning_rate": "3e-4"},
     "tiny": {"num_iterations": "4", "learning_rate": "5e-4"},
@@ -107,13 +108,19 @@ def row(runs, levels):
     return [*cells, ", ".join(means) or "–"]
 
 
-def best(groups, level):
-    """`{algorithm: settings}`: of an algorithm's settings with most seeds, the one the judge likes most at `level`."""
-    chosen = {}
-    for (algorithm, settings), runs in groups.items():
-        mean = statistics.mean(judge_at(run["points"], level) for run in runs)
-        chosen[algorithm] = max(chosen.get(algorithm, (0, 0.0, "")), (len(runs), mean, settings))
-    return {algorithm: settings for algorithm, (*_, settings) in chosen.items()}
+def at_best(groups, levels):
+    """Those of `groups` that the judge likes most at one of the levels, among an algorithm's of three seeds or more.
+
+    Where an algorithm has none of three seeds, among all that it has.
+    """
+    chosen = set()
+    for level in levels:
+        ranked = {}
+        for (algorithm, settings), runs in groups.items():
+            mean = statistics.mean(judge_at(run["points"], level) for run in runs)
+            ranked.setdefault(algorithm, []).append((len(runs) >= SEEDS, mean, settings))
+        chosen |= {(algorithm, max(rows)[-1]) for algorithm, rows in ranked.items()}
+    return {key: runs for key, runs in groups.items() if key in chosen}
 
 
 def table(groups, levels):
@@ -137,12 +144,12 @@ def best_of_n_table(run):
 
 
 def draw(groups, levels, path):
-    """The judge's share against KL: a thin line for each seed of an algorithm's best setting."""
+    """The judge's share against KL: a thin line for each seed of an algorithm's best settings."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    chosen = best(groups, levels[1])
+    chosen = at_best(groups, levels)
     for (algorithm, name), colour in zip(NAMES.items(), COLOURS, strict=True):
-        runs = groups.get((algorithm, chosen.get(algorithm)), [])
+        runs = [run for (its, _), group in chosen.items() if its == algorithm for run in group]
         for number, run in enumerate(runs):
             axes.plot(
                 [point["kl"] for point in run["points"]],
@@ -174,9 +181,8 @@ def write(folder, name, levels):
 def render(runs, levels):
     """The tables as Markdown: each algorithm at its best, every setting, best-of-n."""
     groups = by_setting(runs)
-    chosen = best(groups, levels[1])
-    at_best = {(name, settings): group for (name, settings), group in groups.items() if chosen[name] == settings}
-    tables = {"Each algorithm at its best": table(at_best, levels), "Every setting": table(groups, levels)}
+    tables = {"Each algorithm at its best": table(at_best(groups, levels), levels)}
+    tables["Every setting"] = table(groups, levels)
     if picked := [run for run in runs if run["algorithm"] == "best_of_n"]:
         tables["Best of n"] = best_of_n_table(picked[0])
     return "\n".join(f"## {title}\n\n{text}" for title, text in tables.items())

@@ -167,15 +167,21 @@ def test_runs_that_start_from_other_models_are_not_put_together(tmp_path):
         algorithms_report.collect(tmp_path, tmp_path / "none.json")
 
 
-def test_the_setting_of_most_seeds_stands_for_an_algorithm_and_of_those_the_best():
+def test_an_algorithm_is_stood_for_by_what_is_best_at_a_level_on_three_seeds_where_it_has_so_many():
     groups = algorithms_report.by_setting(
         [
             made_up("ppo", points((0, 0.5), (8, 0.99)), learning_rate=9),
-            *(made_up("ppo", points((0, 0.5), (8, 0.8)), seed, learning_rate=1) for seed in range(2)),
-            *(made_up("ppo", points((0, 0.5), (8, 0.9)), seed, learning_rate=2) for seed in range(2)),
+            *(made_up("ppo", points((0, 0.5), (5, 0.7), (8, 0.8)), seed, learning_rate=1) for seed in range(3)),
+            *(made_up("ppo", points((0, 0.5), (5, 0.6), (8, 0.9)), seed, learning_rate=2) for seed in range(3)),
+            *(made_up("ppo", points((0, 0.5), (5, 0.6), (8, 0.7)), seed, learning_rate=3) for seed in range(5)),
+            made_up("rloo", points((0, 0.5), (8, 0.8)), learning_rate=1),
         ]
     )
-    assert algorithms_report.best(groups, 8.0) == {"ppo": "num_iterations 4, learning_rate 2"}
+    assert {settings for _, settings in algorithms_report.at_best(groups, (6.0, 8.0))} == {
+        "num_iterations 4, learning_rate 1",
+        "num_iterations 4, learning_rate 2",
+        "learning_rate 1",
+    }
 
 
 @pytest.mark.parametrize("family", ["scratch", "tiny"])
