@@ -61,6 +61,14 @@ def compare_at_equal_kl(picked: np.ndarray, tuned: np.ndarray, kl: float, sizes:
     return {"kl": kl, "n": n, "equal_kl": reached, "verdict": verdict, **estimates}
 
 
+def tuned_on_its_prompts(results: dict) -> dict[str, dict]:
+    """The tuned model's mean by each reward, and its KL as "kl", on the prompts that best-of-n had."""
+    sides = [sample["tuned"] for sample in results["samples"][: results["best_of_n"]["n_prompts"]]]
+    values = {name: [side["scores"][name] for side in sides] for name in results["rewards"]}
+    values["kl"] = [side["kl"] for side in sides]
+    return {name: interval(np.array(each), seed=results["seed"]) for name, each in values.items()}
+
+
 def verdict_sentence(found: dict, reward: str) -> str:
     """What `compare_at_equal_kl` found, in a sentence."""
     scores = f"{found['tuned']['mean']:.3f} against {found['best_of_n']['mean']:.3f}"

@@ -14,8 +14,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from eval.best_of_n import tuned_on_its_prompts
 from eval.overoptimisation import gain, overoptimisation
 from eval.tables import estimate_text, label_of
+from eval.training import CURVES
 
 # Colours that no drawing uses, in place of those that only the page knows.
 TEXT, LINE, BASE, TUNED, OTHER = (f"#0{digit}0{digit}0{digit}" for digit in "12345")
@@ -126,10 +128,10 @@ def _score_against_kl(results: dict, name: str) -> Picture:
     kl, scores = [side["kl"] for side in sides], [side["scores"][name] for side in sides]
     figure, axes = _subplots()
     axes.scatter(kl, scores, s=9, color=TUNED, alpha=0.5, linewidths=0)
-    axes.set(xlabel="log π_tuned − log π_base of the completion, nats", ylabel=label_of(results, name))
-    spread = f"KL {min(kl):.2f} to {max(kl):.2f} nats, score {min(scores):.2f} to {max(scores):.2f}"
+    axes.set(xlabel="log ratio of the completion, nats (their mean is the KL)", ylabel=label_of(results, name))
+    spread = f"log ratio {min(kl):.2f} to {max(kl):.2f} nats, score {min(scores):.2f} to {max(scores):.2f}"
     description = f"Each of {len(sides)} tuned samples by its log-ratio and its score by {name}: {spread}."
-    caption = f"Score by {label_of(results, name)} against KL, a dot a sample"
+    caption = f"Score by {label_of(results, name)} against log π_tuned − log π_base, a dot a sample"
     return _picture(figure, f"kl-{name}", caption, description)
 
 
@@ -139,8 +141,13 @@ def _frontier(results: dict) -> Picture:
     models = results["runs"] if results["kind"] == "runs" else results["sweep"] or [{"name": "tuned", **results}]
     kls = [model["metrics"]["kl"]["tuned"] for model in models]
     means = [model["metrics"]["rewards"][reward]["mean"]["tuned"] for model in models]
+    on_which = ""
+    if results["kind"] == "comparison" and not results["sweep"]:  # on the prompts that best-of-n had
+        on_its_prompts = tuned_on_its_prompts(results)
+        kls, means = [on_its_prompts["kl"]], [on_its_prompts[reward]]
+        on_which = f", on the first {results['best_of_n']['n_prompts']} prompts"
     figure, axes = _subplots(10.4, 4.0)
-    if results["kind"] == "comparison":
+    if results.get("sweep"):
         start = results["metrics"]["rewards"][reward]["mean"]["base"]["mean"]  # where every run begins, at a KL of 0
         path = [(0.0, start), *((kl["mean"], mean["mean"]) for kl, mean in zip(kls, means, strict=True))]
         axes.plot(*zip(*path, strict=True), color=TUNED, linewidth=1, alpha=0.6)
@@ -154,7 +161,7 @@ def _frontier(results: dict) -> Picture:
     axes.set(xlabel="KL to the base, nats per completion", ylabel=f"{label_of(results, reward)}: mean")
     _legend(figure)
     what = "the runs" if results["kind"] == "runs" else "the checkpoints" if results["sweep"] else "the tuned model"
-    what += " and best-of-n of the base" if results["best_of_n"] else ""
+    what += f" and best-of-n of the base{on_which}" if results["best_of_n"] else ""
     return _picture(figure, "frontier", f"{label_of(results, reward)} against KL: {what}", "; ".join(places) + ".")
 
 
@@ -205,7 +212,7 @@ def _training(training: dict) -> Picture:
     for index, (name, points) in enumerate(curves.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.plot(*zip(*points, strict=True), color=TUNED, linewidth=1.2)
-        axes.set_title(name)
+        axes.set_title(CURVES.get(name, name))
         axes.locator_params(nbins=4)
         if index >= len(curves) - columns:
             axes.set_xlabel("step")

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from eval.figures import Picture, pictures
-from eval.tables import NONE, facts, label_of, tables, title_of, worst
+from eval.tables import WORDS, facts, label_of, tables, title_of, worst
 from eval.verdict import sentences, verdict
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -58,6 +58,7 @@ def render_page(results: dict) -> str:
         scores_of=lambda sample: _scores(sample, list(names)),
         numbers_of=_numbers,
         facts=facts(results),
+        words=WORDS,
     )
 
 
@@ -65,7 +66,7 @@ def _in_a_grid(pictures: Iterable[dict]) -> list[dict]:
     """The pictures in two columns, `full` where one takes both: wide ones, and one that would stand alone."""
     pictures, small = list(pictures), 0
     for picture, following in zip(pictures, [*pictures[1:], {"name": WIDE[0]}], strict=True):
-        wide = picture["name"] in WIDE
+        wide = picture["wide"] = picture["name"] in WIDE
         picture["full"] = wide or (small % 2 == 0 and following["name"] in WIDE)
         small = 0 if wide else small + 1
     return pictures
@@ -84,7 +85,8 @@ def _scores(sample: dict, names: list[str]) -> str:
 def _numbers(side: dict) -> str:
     parts = [f"{name} {score:z.3f}" for name, score in side["scores"].items()]
     parts.append(f"{side['tokens']} tokens" + ("" if side["ended"] else ", no EOS"))
-    parts.append(f"KL {NONE if side['kl'] is None else format(side['kl'], 'z.2f')}")
+    if side["kl"] is not None:
+        parts.append(f"log ratio {side['kl']:z.2f} nats")
     return " · ".join(parts)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from eval.tables import NONE, Table, facts, label_of, table_rows, tables, title_of, worst
+from eval.tables import NONE, WORDS, Table, facts, label_of, table_rows, tables, title_of, worst
 from eval.verdict import sentences, verdict
 from recipe_args import OneLineParser
 from trl_ppo.inputs import first_line
@@ -55,9 +55,10 @@ def code(text: str) -> str:
 def render(results: dict) -> str:
     """The whole report as Markdown."""
     blocks = [f"# {escape(title_of(results))}", readable(" ".join(verdict(results)))]
-    blocks += ["With 95 % intervals:", "\n".join(f"- {readable(text)}" for text in sentences(results))]
+    blocks += ["Means, with 95 % intervals:", "\n".join(f"- {readable(text)}" for text in sentences(results))]
     for table in tables(results):
         blocks += [f"## {escape(table.title)}", markdown_table(table), escape(table.note)]
+    blocks += ["## What the words mean", "\n".join(f"- {word}: {meaning}" for word, meaning in WORDS.items())]
     blocks += [
         "## Where this comes from",
         "\n".join(f"- {escape(name)}: {code(fact)}" for name, fact in facts(results).items()),
@@ -146,7 +147,7 @@ def _lines(rows: list[list[str]]) -> str:
 def _samples(results: dict, shown: list[dict]) -> list[str]:
     """One block of Markdown for each of the given samples."""
     names = list(results["rewards"])
-    header = ["", "text", *(escape(label_of(results, name)) for name in names), "tokens", "KL"]
+    header = ["", "text", *(escape(label_of(results, name)) for name in names), "tokens", "log ratio, nats"]
     blocks = []
     for sample in shown:
         texts = [name for name in ("prompt", "reference") if name in sample]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from eval.best_of_n import tuned_on_its_prompts
 from eval.overoptimisation import overoptimisation
 
 NONE = "–"
@@ -56,9 +57,10 @@ RUNS_NOTE = (
 )
 BEST_OF_NOTE = (
     "Samples of the base, of which {reward} picks one in n; expected over {samples_per_prompt} samples of each of the "
-    "first {n_prompts} prompts. Their KL to the base is at most log n − (n−1)/n nats, so the tuned model is compared "
-    "where its KL equals that bound, which favours it."
+    "first {n_prompts} prompts. Their KL to the base is at most log n − (n−1)/n nats. "
 )
+AT_EQUAL_KL = "The tuned model is compared where its KL equals that bound, which favours it."
+BEYOND = "No n here has a KL as large as the tuned model's; it is compared with the largest n."
 OVEROPTIMISATION_NOTE = (
     "Least squares of the gain over the base, with d = √KL: d(α − β log d) for the run's checkpoints, d(α − βd) for "
     "best-of-n (Gao et al. 2023, arXiv:2210.10760). Where β is below 0 the gain has not begun to level off. A peak "
@@ -70,6 +72,26 @@ PAIRS_NOTE = (
     "Bradley–Terry loss: the chance of a pair is the sigmoid of its margin; overconfidence is the mean chance of the "
     "preferred text minus the accuracy, 0 if calibrated."
 )
+
+
+WORDS = {  # what a report speaks of, for someone who has nothing but the report
+    "base, tuned": "the model before training, and after",
+    "reward": "the function that training made larger; its number for a completion is the score",
+    "judge": "a reward marked as one that training never saw; a model of the same kind, trained on data of the same "
+    "kind, may share the reward's weaknesses",
+    "share above 0": "the share of completions with a score above 0; for a reward model that was trained to a mean of "
+    "0, those that it finds better than most",
+    "KL": "how far the tuned model is from the base: the mean over its completions of log π_tuned − log π_base, their "
+    "log ratio; for one completion that may be negative",
+    "nat": "the unit of KL; at 5 nats a completion is e⁵ ≈ 150 times as likely under the tuned model as under the base",
+    "EOS": "the end-of-sequence token; a completion without one was cut off by the limit of tokens",
+    "distinct trigrams": "the number of different trigrams (three words in a row) in all completions, over the number "
+    "of all trigrams; it falls where completions resemble each other",
+    "self-repetition": "the share of a completion's own trigrams that repeat an earlier one",
+    "perplexity under the base": "how surprising the completions are to the base: far higher is text that it would not "
+    "write, far lower is safe and repetitive; neither is a measure of quality",
+    "win rate": "the share of prompts for which the tuned model's completion scores higher; a tie counts half",
+}
 
 
 @dataclass
@@ -104,7 +126,7 @@ def tables(results: dict) -> list[Table]:
         ]
     header = ["metric", "base", "tuned", "tuned − base", "n"]
     note = METRICS_NOTE + (JUDGED_NOTE if results.get("pairwise") else "")
-    found = [Table("Figures", note, header, [list(row) for row in table_rows(results)])]
+    found = [Table("Numbers", note, header, [list(row) for row in table_rows(results)])]
     if results["sweep"]:
         note = "The same figures for each checkpoint of the run; value and 95 % interval over prompts."
         rows = [[run["name"], *_run_cells(results, run["metrics"], "tuned")] for run in results["sweep"]]
@@ -161,11 +183,14 @@ def best_of_table(results: dict) -> Table:
         [f"best of {point['n']}", f"≤ {point['kl']:.2f}", *(estimate_text(point["rewards"][name]) for name in names)]
         for point in found["points"]
     ]
+    note = BEST_OF_NOTE.format(**found)
     if found["at_equal_kl"]:
-        tuned = [estimate_text(found["at_equal_kl"]["tuned"]) if name == found["reward"] else NONE for name in names]
-        rows.append(["tuned, on the same prompts", f"{found['at_equal_kl']['kl']:.2f}", *tuned])
+        tuned = tuned_on_its_prompts(results)
+        cells = [estimate_text(tuned[name]) for name in names]
+        rows.append(["tuned, on the same prompts", f"{tuned['kl']['mean']:.2f}", *cells])
+        note += AT_EQUAL_KL if found["at_equal_kl"]["equal_kl"] else BEYOND
     header = ["", "KL, nats", *(f"{label_of(results, name)}: mean" for name in names)]
-    return Table("Best-of-n", BEST_OF_NOTE.format(**found), header, rows)
+    return Table("Best-of-n", note.strip(), header, rows)
 
 
 def facts(results: dict) -> dict[str, str]:
@@ -193,7 +218,7 @@ def origin(results: dict) -> dict[str, str]:
         "command": results["command"],
         "created": f"{results['created']}, in {results['wall_seconds']:.0f} s{resumed}",
         "commit": results["git_commit"] or "not in git",
-        "seed": str(results["seed"]),
+        "seed of this evaluation": str(results["seed"]),
         "hardware": f"{hardware['cpu']}, {hardware['threads']} threads, GPU {hardware['gpu'] or 'none'}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     }

@@ -5,22 +5,22 @@ import math
 from pathlib import Path
 
 MOST_POINTS = 400  # of a curve: more cannot be seen
-CURVES = (  # in the order in which they are shown, where a run has them
-    "objective/scores",
-    "objective/kl",
-    "objective/rlhf_reward",
-    "objective/entropy",
-    "objective/missing_eos",
-    "completions/mean_length",
-    "objective/kl_coef",
-    "val/explained_variance",
-    "policy/clipfrac_avg",
-    "loss/policy_avg",
-    "loss/value_avg",
-    "eval_accuracy",
-    "eval_loss",
-    "loss",
-)
+CURVES = {  # in the order in which they are shown, where a run has them; with their titles
+    "objective/scores": "score",
+    "objective/kl": "KL, nats",
+    "objective/rlhf_reward": "score minus β × KL",
+    "objective/entropy": "entropy of a completion, nats",
+    "objective/missing_eos": "share without EOS",
+    "completions/mean_length": "length, tokens",
+    "objective/kl_coef": "β, the price of a nat",
+    "val/explained_variance": "explained variance of the critic",
+    "policy/clipfrac_avg": "share of clipped tokens",
+    "loss/policy_avg": "policy loss",
+    "loss/value_avg": "value loss",
+    "eval_accuracy": "held-out accuracy",
+    "eval_loss": "held-out loss",
+    "loss": "loss",
+}
 MOST_CURVES = 8
 
 

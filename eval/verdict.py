@@ -1,6 +1,6 @@
 """What a comparison found, in words: first for someone who reads a report for the first time, then with intervals."""
 
-from eval.best_of_n import verdict_sentence
+from eval.best_of_n import tuned_on_its_prompts, verdict_sentence
 from eval.tables import estimate_text, label_of
 
 NEWS = 0.1  # a share or a change below it is not worth a sentence of the verdict
@@ -13,32 +13,46 @@ def verdict(results: dict) -> list[str]:
     trained = next((name for name in metrics["rewards"] if name not in judges), None)
     found = []
     if trained is not None:
-        found.append(f"{_change(trained, metrics['rewards'][trained])}.")
-        found += [_agreement(name, metrics["rewards"][name], metrics["rewards"][trained]) for name in judges]
+        found.append(f"{_change(trained, metrics['rewards'][trained])}{_ties(results, trained)}.")
+        for name in judges:
+            says = _agreement(name, metrics["rewards"][name], metrics["rewards"][trained])
+            found.append(f"{says}{_ties(results, name)}.")
     else:
-        found += [f"{_change(name, metrics['rewards'][name])}; training never saw this judge." for name in judges]
+        found += [f"{_change(name, metrics['rewards'][name])}; it is marked as a judge." for name in judges]
     if "judged_base" in metrics:
         share = metrics["judged_base"]["tuned"]["mean"]
         found.append(
-            f"Asked which of two answers is better, the pairwise judge takes the tuned model's {_percent(share)} of "
-            "the time; 50 % would be no difference."
+            f"Asked which of two completions is better, the pairwise judge takes the tuned model's {_percent(share)} "
+            "of the time; 50 % would be no difference."
         )
     kl = metrics["kl"]["tuned"]["mean"]
-    found.append(f"The tuned model is {kl:.1f} nats (KL per answer) from where it started.")
+    found.append(f"The tuned model is {kl:.1f} nats (KL per completion) from where it started.")
     if "rouge1" in metrics:
         base, tuned = _means(metrics["rouge1"])
         found.append(f"ROUGE-1 against the references goes from {100 * base:.1f} to {100 * tuned:.1f}.")
-    return found + _warnings(metrics, results["settings"]["max_new_tokens"])
+    found += _warnings(metrics, results["settings"]["max_new_tokens"])
+    seeds = "" if results["kind"] == "runs" else " It is one training run: another seed may end elsewhere."
+    return [*found, f"Nothing here measures grammar or sense: read the samples.{seeds}"]
 
 
 def _change(name: str, reward: dict) -> str:
     """What a reward says of both models: the share above 0 where that says anything, else the mean."""
     base, tuned = _means(reward["share_positive"])
     if min(base, tuned) < 1 - NEWS / 10 and max(base, tuned) > NEWS / 10:
-        shares = f"{_percent(tuned)} of the tuned model's answers score above 0, and {_percent(base)} of the base's"
-        return f"By {name}, {shares}"
+        share = f"{_percent(tuned)} of the tuned model's completions score above 0"
+        return f"By {name}, {share}, {_percent(base)} of the base's"
     base, tuned = _means(reward["mean"])
-    return f"By {name}, the tuned model's answers score {tuned:z.2f} on average, and the base's {base:z.2f}"
+    return f"By {name}, the tuned model's completions score {tuned:z.2f} on average, and the base's {base:z.2f}"
+
+
+def _ties(results: dict, name: str) -> str:
+    """How many score exactly 0, where that is news: they are not above it, and not below."""
+    samples = results.get("samples") or []
+    shares = [sum(sample[role]["scores"][name] == 0 for sample in samples) for role in ("tuned", "base")]
+    if not samples or max(shares) < NEWS * len(samples):
+        return ""
+    tuned, base = (_percent(share / len(samples)) for share in shares)
+    return f" (exactly 0: {tuned} and {base})"
 
 
 def _agreement(name: str, judge: dict, reward: dict) -> str:
@@ -48,7 +62,7 @@ def _agreement(name: str, judge: dict, reward: dict) -> str:
     else:
         agrees = "agrees" if way == _way(reward["mean"]["difference"]) else "does not agree"
     says = _change(name, judge).removeprefix(f"By {name}, ")
-    return f"A judge that training never saw ({name}) {agrees}: {says}."
+    return f"The judge ({name}), marked as one that training never saw, {agrees}: {says}"
 
 
 def _way(difference: dict) -> int:
@@ -63,19 +77,19 @@ def _warnings(metrics: dict, max_new_tokens: int) -> list[str]:
     base, tuned = _means(metrics["length"])
     if abs(tuned / base - 1) > NEWS:
         word = "longer" if tuned > base else "shorter"
-        found.append(f"Its answers are {word}: {tuned:.1f} tokens instead of {base:.1f}.")
+        found.append(f"Its completions are {word}: {tuned:.1f} tokens instead of {base:.1f}.")
     base, tuned = _means(metrics["missing_eos"])
     if max(base, tuned) > NEWS:
         cut = (
-            "All answers of both models are"
+            "All completions of both models are"
             if min(base, tuned) == 1
-            else (f"{_percent(tuned)} of the tuned model's answers and {_percent(base)} of the base's are")
+            else (f"{_percent(tuned)} of the tuned model's completions and {_percent(base)} of the base's are")
         )
         found.append(f"{cut} cut off by the limit of {max_new_tokens} tokens; they are scored as they stand.")
     base, tuned = _means(metrics["distinct_trigrams"])
-    if None not in (base, tuned) and base - tuned > NEWS:  # None: no answer has three words
+    if None not in (base, tuned) and base - tuned > NEWS:  # None: no completion has three words
         found.append(
-            f"Its answers resemble each other more: {_percent(tuned)} of their trigrams are distinct, "
+            f"Its completions resemble each other more: {_percent(tuned)} of their trigrams are distinct, "
             f"{_percent(base)} of the base's."
         )
     return found
@@ -109,10 +123,22 @@ def sentences(results: dict) -> list[str]:
     if results["best_of_n"] and results["best_of_n"]["at_equal_kl"]:
         found.append(
             verdict_sentence(results["best_of_n"]["at_equal_kl"], results["best_of_n"]["reward"])
-            + " (Best-of-n trains nothing: it draws n answers of the base for each prompt and keeps the one that the "
-            "reward likes best.)"
+            + _judges_on_best_of_n(results)
+            + " (Best-of-n trains nothing: it samples n completions of the base for each prompt and keeps the one that "
+            "the reward likes best.)"
         )
     return found
+
+
+def _judges_on_best_of_n(results: dict) -> str:
+    """The judges' means beside the reward's, which best-of-n picks by and therefore flatters."""
+    best, tuned = results["best_of_n"], tuned_on_its_prompts(results)
+    picked = next((point["rewards"] for point in best["points"] if point["n"] == best["at_equal_kl"]["n"]), {})
+    judges = [name for name in picked if results["rewards"][name].get("judge")]
+    return "".join(
+        f" By {label_of(results, name)}: {estimate_text(tuned[name])} against {estimate_text(picked[name])}."
+        for name in judges
+    )
 
 
 def _reward_sentence(results: dict, name: str, mean: dict) -> str:
@@ -120,8 +146,8 @@ def _reward_sentence(results: dict, name: str, mean: dict) -> str:
     if difference["low"] is None:
         differs = "differs, by one run"
     else:
-        differs = {1: "is higher", -1: "is lower", 0: "shows no difference"}[_way(difference)]
+        differs = {1: "rises", -1: "falls", 0: "shows no difference"}[_way(difference)]
     return (
-        f"By {label_of(results, name)} the tuned model's mean {differs}: {mean['base']['mean']:z.3f} to "
-        f"{mean['tuned']['mean']:z.3f}, difference {estimate_text(difference, '+')}."
+        f"By {label_of(results, name)} the mean {differs}, from the base's {mean['base']['mean']:z.3f} to the tuned "
+        f"model's {mean['tuned']['mean']:z.3f}: difference {estimate_text(difference, '+')}."
     )

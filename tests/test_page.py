@@ -17,7 +17,8 @@ import pytest
 from conftest import ROOT
 from eval import figures, page
 from eval.report import SCHEMA_VERSION
-from eval.verdict import verdict
+from eval.tables import tables
+from eval.verdict import sentences, verdict
 from page_results import HOSTILE, make_results, make_runs_results
 
 REPORTS = sorted((ROOT / "eval" / "reports").glob("*/results.json"))
@@ -224,12 +225,38 @@ def test_the_verdict_says_in_words_what_changed_and_whether_the_judge_agrees():
         metrics["rewards"][name]["share_positive"] |= {"base": {"mean": base}, "tuned": {"mean": tuned}}
         metrics["rewards"][name]["mean"]["difference"] |= {"low": low, "high": high}
     first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
-    assert first == "By reward, 98 % of the tuned model's answers score above 0, and 53 % of the base's."
-    assert second.startswith("A judge that training never saw (judge) does not agree: 40 % of the tuned model's")
+    assert first == "By reward, 98 % of the tuned model's completions score above 0, 53 % of the base's."
+    assert second.startswith(
+        "The judge (judge), marked as one that training never saw, does not agree: 40 % of the tuned"
+    )
     metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": -0.1, "high": 0.1}
-    assert "(judge) sees no difference: " in verdict(results)[1]
+    assert "never saw, sees no difference: " in verdict(results)[1]
     metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": 0.1, "high": 0.2}
-    assert "(judge) agrees: " in verdict(results)[1]
+    assert "never saw, agrees: " in verdict(results)[1]
+
+
+def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
+    results = make_results()
+    assert "exactly 0" not in " ".join(verdict(results))
+    for sample in results["samples"][::2]:
+        sample["base"]["scores"]["judge"] = 0.0
+    first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
+    assert "exactly 0" not in first
+    assert second.endswith("(exactly 0: 0 % and 50 %).")
+
+
+def test_best_of_n_is_compared_by_the_judge_too_and_on_the_same_prompts():
+    results = make_results()
+    best = results["best_of_n"]
+    few = [sample["tuned"] for sample in results["samples"][: best["n_prompts"]]]
+    mean = f"{sum(side['scores']['judge'] for side in few) / len(few):.3f}"
+    *_, last = next(table for table in tables(results) if table.title == "Best-of-n").rows
+    assert last[0].startswith("tuned")
+    assert last[-1].startswith(mean)
+    picked = max(best["points"], key=lambda point: point["n"])
+    best["at_equal_kl"]["n"] = picked["n"]
+    assert f"By judge (judge): {mean} [" in sentences(results)[-1]
+    assert f"against {picked['rewards']['judge']['mean']:.3f}" in sentences(results)[-1]
 
 
 def test_the_verdict_gives_means_where_every_score_is_on_one_side_of_0():
@@ -239,7 +266,7 @@ def test_the_verdict_gives_means_where_every_score_is_on_one_side_of_0():
         "mean": {"base": {"mean": -14.24}, "tuned": {"mean": -8.06}, "difference": {"low": 5.0, "high": 7.0}},
     }
     assert verdict(results)[0] == (
-        "By reward, the tuned model's answers score -8.06 on average, and the base's -14.24."
+        "By reward, the tuned model's completions score -8.06 on average, and the base's -14.24."
     )
 
 
@@ -257,14 +284,14 @@ def test_the_verdict_warns_of_answers_that_are_cut_off_longer_or_alike():
         "length": ({"base": {"mean": 20.0}, "tuned": {"mean": 26.0}}, "longer: 26.0 tokens instead of 20.0"),
         "missing_eos": (
             {"base": {"mean": 1.0}, "tuned": {"mean": 1.0}},
-            "All answers of both models are cut off by the",
+            "All completions of both models are cut off by the",
         ),
         "distinct_trigrams": ({"base": {"mean": 0.9}, "tuned": {"mean": 0.7}}, "resemble each other more: 70"),
     }
     for name, (values, words) in loud.items():
         metrics |= quiet | {name: values}
         assert len(verdict(results)) == said + 1
-        assert words in verdict(results)[-1]
+        assert words in verdict(results)[-2]
 
 
 # --- Pictures in a grid -------------------------------------------------------------------------------------------
