@@ -3,6 +3,7 @@
 from eval.best_of_n import tuned_on_its_prompts, verdict_sentence
 from eval.tables import estimate_text, label_of
 
+SURPRISING = 100  # a base's perplexity on its own samples above which its language is poor
 NEWS = 0.1  # a share or a change below it is not worth a sentence of the verdict
 
 
@@ -13,7 +14,9 @@ def verdict(results: dict) -> list[str]:
     trained = next((name for name in metrics["rewards"] if name not in judges), None)
     found = []
     if trained is not None:
-        found.append(f"{_change(trained, metrics['rewards'][trained])}{_ties(results, trained)}.")
+        for name in metrics["rewards"]:
+            if name not in judges:
+                found.append(f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}.")
         for name in judges:
             says = _agreement(name, metrics["rewards"][name], metrics["rewards"][trained])
             found.append(f"{says}{_ties(results, name)}.")
@@ -78,6 +81,12 @@ def _warnings(metrics: dict, max_new_tokens: int) -> list[str]:
     if abs(tuned / base - 1) > NEWS:
         word = "longer" if tuned > base else "shorter"
         found.append(f"Its completions are {word}: {tuned:.1f} tokens instead of {base:.1f}.")
+    base, tuned = _means(metrics["perplexity"])
+    if base is not None and base > SURPRISING:
+        found.append(
+            f"The base's own completions surprise it (perplexity {base:.0f}): its language is poor, whatever a reward "
+            "says of it; look at the samples first."
+        )
     base, tuned = _means(metrics["missing_eos"])
     if max(base, tuned) > NEWS:
         cut = (

@@ -122,8 +122,10 @@ def correlation(x, y):
     return {"mean": float(found.statistic), "low": float(low), "high": float(high), "n": len(x)}
 
 
-def report(reward_model, folder, **pairs_of):
+def report(reward_model, folder, dataset=None, **pairs_of):
     """Print and write how well the saved model orders sets of whole pairs, `report(model, folder, train=…, test=…)`.
+
+    `dataset` is where the pairs are, for the command that it prints next.
 
     Writes `reward_report.json` (accuracy, mean margin, calibration, and what length has to do with it) and
     `reward_report.svg` (margins and calibration of the last set) into `folder`, and returns the former.
@@ -143,7 +145,8 @@ def report(reward_model, folder, **pairs_of):
             + f"; the longer text wins {results[name]['longer_wins']['mean']:.3f}"
         )
     label = f"#{reward_model.label}" if reward_model.model.config.num_labels > 1 else ""
-    print(f"before you trust it: python -m eval.reward_model --reward reward={folder}{label} --pairs … --output …")
+    check = f"python -m eval.reward_model --reward reward={folder}{label}"
+    print(f"before you trust it: {check} --pairs {dataset or '…'} --output {str(folder).rstrip('/')}_check")
     (Path(folder) / "reward_report.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(margins, results[name]["calibration"], Path(folder) / "reward_report.svg")
     return results

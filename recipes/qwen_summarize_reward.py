@@ -60,7 +60,7 @@ def main(script_args: RewardArguments, training_args: "trl.RewardConfig", model_
     if trainer.is_world_process_zero():
         reward_model = trl_ppo.RewardModel(training_args.output_dir, max_length=max_length)
         some = train.select(range(min(len(train), len(test))))
-        report(reward_model, training_args.output_dir, train=some, test=test)
+        report(reward_model, training_args.output_dir, script_args.dataset_name, train=some, test=test)
         print(f"reward model: {training_args.output_dir}")
         if script_args.merge_adapter:
             print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")

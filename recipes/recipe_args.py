@@ -643,8 +643,11 @@ def check_model(key: str, path: str | None, head: str | None = None):
         raise UserError(f"{key}: {path!r}: no model can be loaded from there: {first_line(error)}") from error
 
 
+LOADERS = {".csv": "csv", ".parquet": "parquet"}  # of single files; others are JSONL
+
+
 def load_split(path: str, split: str, columns=(), config: str | None = None, key: str = "dataset_name"):
-    """One split of a Hub dataset, of a local folder of {train,test}.jsonl[.gz] (or csv, parquet), or of one JSONL file.
+    """One split of a Hub dataset, of a local folder of {train,test}.jsonl[.gz] (or csv, parquet), or of one such file.
 
     Raises:
         UserError: no such path, split or column (with those there are), no rows, unreadable data, no way to the Hub, or
@@ -654,7 +657,9 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
 
     check_path(key, path)
     where = f"{key}: {path!r}"
-    files = {"path": "json", "data_files": {split: path}} if Path(path).is_file() else {"path": path, "name": config}
+    files = {"path": path, "name": config}
+    if Path(path).is_file():
+        files = {"path": LOADERS.get(Path(path).suffix, "json"), "data_files": {split: path}}
     try:
         dataset = datasets.load_dataset(**files, split=split)
     except ConnectionError as error:

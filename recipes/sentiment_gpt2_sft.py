@@ -107,7 +107,7 @@ def main(script_args: SFTArguments, training_args: "trl.SFTConfig", model_args: 
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        print(f"held-out loss {metrics['eval_loss']:.3f} nats per token, n = {len(trainer.eval_dataset)} reviews")
+        print(f"held-out loss {metrics['eval_loss']:.3f} nats per token, n = {len(trainer.eval_dataset)} texts")
         print(f"model and tokenizer: {training_args.output_dir}")
     if script_args.merge_adapter and trainer.is_world_process_zero():
         print(f"merged model: {merge_adapter(training_args.output_dir, model_args.dtype)}")

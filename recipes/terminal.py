@@ -18,6 +18,13 @@ NEW_HEAD = {  # of a classifier that is made of a language model: the one that i
     "UNEXPECTED": re.compile(r"(lm_head|cls|lm_predictions|mask_predictions|vocab_\w+)\."),
 }
 PATHS = ("model_name_or_path", "reward_model", "judge", "dataset_name", "output_dir")
+OPTIONS = {  # of `eval.compare`, by the settings that they have to follow
+    "prompt_column": "--prompt_column",
+    "prompt_tokens": "--prompt_tokens",
+    "max_prompt_tokens": "--max_prompt_tokens",
+    "max_completion_length": "--max_new_tokens",
+    "temperature": "--temperature",
+}
 REPORT = re.compile(r"(?<=--output )\S+")
 LIBRARIES = r"(transformers|trl|peft|accelerate|datasets|torch|huggingface_hub)\."
 
@@ -105,6 +112,10 @@ def summary(trainer):
     held_out = "" if trainer.eval_dataset is None else f", {len(trainer.eval_dataset):,} held out"
     lines.append(f"data        {len(trainer.train_dataset):,} rows{held_out}")
     lines.append(f"training    {_length(args, trainer)}")
+    steps = _steps(args, trainer)
+    if 2 * (warmup := args.get_warmup_steps(steps)) >= steps:
+        said = f"{steps} steps, of which {warmup} warm up: it will learn little; raise num_train_epochs or max_steps"
+        lines.append(f"note        {said}")
     return [*lines, f"result      {args.output_dir}"]
 
 
@@ -132,9 +143,26 @@ def _length(args, trainer):
         steps_per_rollout = args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps
         rollouts = math.ceil(args.max_steps / steps_per_rollout)
         return f"episodes {rollouts * rollout:,}, rollouts {rollouts:,} of {rollout:,}, steps {args.max_steps:,}"
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else 0
-    return (f"{steps:,} steps" if steps else f"{args.num_train_epochs:g} epochs") + f" in batches of {batch:,}"
+    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    return f"{length} in batches of {_batch(args):,}"
+
+
+def _steps(args, trainer):
+    """Optimiser steps in all."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(len(trainer.train_dataset) * args.num_train_epochs / _batch(args))
+
+
+def _batch(args):
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _with_option(command, option, value):
+    """The command with the option set to `value`, a list or None for without it."""
+    command = re.sub(rf" {option}( (?!--)\S+)+", "", command)
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return " ".join([command, option, *map(str, values)]) if values else command
 
 
 def next_command(text, theirs, given):
@@ -144,10 +172,14 @@ def next_command(text, theirs, given):
     """
     header = "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     found = re.search(r"python -m eval\.compare (?:[^\n\\]|\\\n)*", header)
-    same = ("prompt_column", "prompt_tokens", "max_prompt_tokens", "max_completion_length", "reward_label")
-    if not found or any(theirs[key] != given[key] for key in same if key in theirs):
+    if not found or theirs.get("reward_label") != given.get("reward_label"):
         return None
     command = " ".join(found[0].replace("\\\n", " ").split())
+    for key, option in OPTIONS.items():
+        if key in theirs and theirs[key] != given[key]:
+            command = _with_option(command, option, given[key])
+    if "reward_model" in theirs.get("rewards", ()) and "reward_model" not in given["rewards"]:
+        command = re.sub(r" --reward \w+=" + re.escape(str(theirs["reward_model"])) + r"\S*", "", command)
     moved = given["output_dir"] != theirs["output_dir"]  # the report of another run stays as it is
     added = [name for name in given.get("rewards", ()) if name not in theirs.get("rewards", ())]
     functions = [name if ":" in name else f"rewards:{name}" for name in added]

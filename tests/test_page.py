@@ -245,6 +245,17 @@ def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
     assert second.endswith("(exactly 0: 0 % and 50 %).")
 
 
+def test_the_verdict_names_every_reward_and_says_where_the_bases_language_is_poor():
+    results = make_results()
+    results["rewards"]["judge"]["judge"] = False
+    first, second, *_ = verdict(results)
+    assert first.startswith("By reward, ")
+    assert second.startswith("By judge, ")
+    assert "its language is poor" not in " ".join(verdict(results))
+    results["metrics"]["perplexity"]["base"]["mean"] = 168.0
+    assert "(perplexity 168): its language is poor" in " ".join(verdict(results))
+
+
 def test_best_of_n_is_compared_by_the_judge_too_and_on_the_same_prompts():
     results = make_results()
     best = results["best_of_n"]

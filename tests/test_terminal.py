@@ -175,6 +175,14 @@ def test_a_row_of_the_log_is_a_short_line(progress, logs, line):
     assert drawn == ["kl ▁█" if progress is RolloutProgress else "loss █▁" if "loss" in logs else "loss ▁"]
 
 
+def test_a_run_that_is_mostly_warm_up_says_so(settings, start, capsys, tmp_path):
+    plain = {"max_steps": "8", "output_dir": str(tmp_path / "run"), "overwrite_output_dir": "true"}
+    for warmup, said in ((8, True), (2, False)):
+        options = [word for key, value in plain.items() for word in (f"--{key}", value)]
+        start(settings, *options, "--warmup_steps", str(warmup), stem="sentiment_gpt2_sft")
+        assert (f"note        8 steps, of which {warmup} warm up" in capsys.readouterr().out) == said
+
+
 def test_a_curve_goes_from_the_least_to_the_most_in_a_few_blocks():
     assert curve(range(8)) == "▁▂▃▄▅▆▇█"
     assert curve([2.0]) == curve([-1.0]) == "▁"
@@ -212,12 +220,18 @@ def test_the_next_command_is_the_yamls_own_with_the_paths_of_this_run():
     given = theirs | {"reward_model": "mine/c", "output_dir": "runs/y"}
     command = terminal.next_command(text, theirs, given)
     assert command == "python -m eval.compare --base a/b --tuned runs/y --reward r=mine/c#UP --output runs/y_report"
+    plain = command
     rewards = {"reward_model": 1.0, "length_penalty": 0.1, "mine.py:calm": 0.5}
     command = terminal.next_command(text, theirs | {"rewards": {"reward_model": 1.0}}, given | {"rewards": rewards})
     added = " --reward length_penalty=rewards:length_penalty --reward calm=mine.py:calm"
     assert command.endswith(f"--output runs/y_report{added}")
+    alone = {"rewards": {"mine.py:calm": 0.5}, "reward_model": None}
+    command = terminal.next_command(text, theirs | {"rewards": {"reward_model": 1.0}}, given | alone)
+    assert command.split("--tuned runs/y ")[1] == "--output runs/y_report --reward calm=mine.py:calm"
     assert "--output runs/x_report" in terminal.next_command(text, theirs, theirs)
-    assert terminal.next_command(text, theirs, given | {"max_completion_length": 8}) is None
+    short = terminal.next_command(text, theirs, given | {"max_completion_length": 8})
+    assert short == f"{plain} --max_new_tokens 8"
+    assert terminal.next_command(text, theirs | {"reward_label": "UP"}, given | {"reward_label": "DOWN"}) is None
     assert terminal.next_command("# PPO.\n#   accelerate launch recipes/x.py\nkey: 1\n", theirs, given) is None
 
 

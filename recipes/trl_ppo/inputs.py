@@ -131,6 +131,8 @@ def reward_failures(name: str, where: str = ""):
     except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[:3][-1]  # after this one and its caller: its own
         said = f"{type(error).__name__}: {first_line(error)} ({Path(frame.filename).name}, line {frame.lineno})"
+        if isinstance(error, TypeError) and Path(frame.filename).parent == Path(__file__).parent:  # it was not entered
+            said = f"{first_line(error)}; what it needs besides prompts and completions must be a column of the dataset"
         raise ScoreError(f"reward function {name!r} failed{where}: {said}") from error
 
 
