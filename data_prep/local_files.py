@@ -16,8 +16,11 @@ file:
                                           pairs    {"chosen", "rejected"}, and "prompt" where it is named or there
                                           prompts  {"prompt"}
 
-`--good label=positive` makes pairs of texts that have a label: each with that label is chosen over another without it,
-and stands in one pair alone. What has no partner is left out and counted.
+`--good label=positive` makes pairs of texts that have a label: each with that label is chosen over one with another
+label, and stands in one pair alone. `--good stars=4,5 --bad 1,2` says which labels are the better and which the worse
+ones. Texts with any other label, with none, or without a partner are left out and counted. `--judge_share 0.3` keeps
+that share of the train rows apart, and makes pairs of it in judge_pairs, for a judge that training never sees; it has
+the same pairs of test.
 
 Texts are written as they stand, so a completion needs the space between it and its prompt. No text of test stands in
 train (of rows with a prompt, no prompt): such rows of train are left out and counted, as are repeated and malformed
@@ -27,7 +30,9 @@ rows. Every value of a CSV is text, in kept columns too. `--output` is data/mine
 
 import argparse
 import json
+import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -37,6 +42,7 @@ from dataset_files import (
     Parser,
     Reader,
     Source,
+    both_sides,
     check_columns,
     count,
     folder,
@@ -62,9 +68,10 @@ def column_map(text: str) -> tuple[str, str]:
     return _two_sides(text, "wanted=yours")
 
 
-def label_value(text: str) -> tuple[str, str]:
-    """An argument in the form column=value."""
-    return _two_sides(text, "column=value")
+def label_values(text: str) -> tuple[str, list[str]]:
+    """An argument in the form column=value, or column=value,value."""
+    column, values = _two_sides(text, "column=value")
+    return column, values.split(",")
 
 
 def _two_sides(text: str, form: str) -> tuple[str, str]:
@@ -136,31 +143,52 @@ def make_row(row: dict, columns: dict[str, str], keep: list[str]) -> dict:
     return made
 
 
-def pair_up(rows: Iterable[tuple[str, dict]], column: str, good: str, reader: Reader) -> Iterator[tuple[str, dict]]:
-    """Pairs of texts of the same side: one whose `column` is `good` over one where it is not, each text once.
+def pair_up(rows: Iterable[tuple], column: str, good: list, bad: list | None, reader: Reader) -> Iterator[tuple]:
+    """Pairs of texts of the same file: one whose `column` is in `good` over one where it is in `bad`, each text once.
 
-    What has no partner is counted as left out.
+    `rows` and the pairs are (kind, side, row); without `bad` every other label is. What has no label, one that is in
+    neither, or no partner is counted as left out.
 
     Raises:
-        SystemExit: no text has that label, or all have it; one line with the labels that there are.
+        SystemExit: no text has one of the labels of a side; one line with the labels that there are.
     """
-    waiting: dict[tuple[str, bool], list[str]] = {}
-    labels = set()
-    for side, row in rows:
-        labels.add(label := str(row[column]))
-        is_good = label == good
-        if others := waiting.get((side, not is_good)):
+    waiting: dict[tuple[str, str, bool], list[str]] = {}
+    labels: Counter[str] = Counter()
+    for kind, side, row in rows:
+        label = "" if row[column] is None else str(row[column]).strip()
+        again = kind == "judge_pairs" and side == "test"  # which has been counted
+        labels[label] += not again
+        is_good = label in good
+        if not label or not (is_good or bad is None or label in bad):
+            if not again:
+                reader.leave_out(f"{side}: {column} is {label or 'empty'}")
+        elif others := waiting.get((kind, side, not is_good)):
             texts = row["text"], others.pop()
             chosen, rejected = texts if is_good else texts[::-1]
-            yield side, {"chosen": chosen, "rejected": rejected}
+            yield kind, side, {"chosen": chosen, "rejected": rejected}
         else:
-            waiting.setdefault((side, is_good), []).append(row["text"])
-    if good not in labels or len(labels) == 1:
-        there = ", ".join(sorted(labels)[:8])
-        raise SystemExit(f"--good {column}={good}: pairs need texts with it and without; {column} has {there}")
-    for (side, _), texts in waiting.items():
-        for _ in texts:
+            waiting.setdefault((kind, side, is_good), []).append(row["text"])
+    worse = [label for label in labels if label and label not in good] if bad is None else bad
+    better, rejected = (sum(labels[label] for label in each) for each in (good, worse))
+    if not better or not rejected:
+        there = ", ".join(sorted(filter(None, labels))[:8])
+        asked = f"--good {column}={','.join(good)}" + (f" --bad {','.join(bad)}" if bad else "")
+        raise SystemExit(f"{asked}: pairs need texts of both; {column} has {there}")
+    print(f"chosen: {better} texts with {', '.join(good)}; rejected: {rejected} with {', '.join(sorted(worse))}")
+    for (kind, side, _), texts in waiting.items():
+        for _ in texts if (kind, side) != ("judge_pairs", "test") else ():
             reader.leave_out(f"{side}: no partner of another label")
+
+
+def share_out(rows: Iterable[tuple[str, dict]], kind: str, judge_share: float | None, seed: int) -> Iterator[tuple]:
+    """(kind, side, row): those of train are the judge's with that chance; those of test are both's."""
+    rng = random.Random(seed)
+    for side, row in rows:
+        for_judge = bool(judge_share) and (side == "test" or rng.random() < judge_share)
+        if for_judge:
+            yield "judge_pairs", side, dict(row)
+        if side == "test" or not for_judge:
+            yield kind, side, row
 
 
 def make_parser() -> Parser:
@@ -169,7 +197,11 @@ def make_parser() -> Parser:
     parser.add_argument("--source", nargs="+", required=True, help="a file, files of one type, or a folder")
     parser.add_argument("--kind", choices=list(KINDS), required=True, help="what the rows are for")
     parser.add_argument("--columns", nargs="+", type=column_map, default=[], help="wanted=yours, e.g. text=review")
-    parser.add_argument("--good", type=label_value, help="make pairs of labelled texts: the label of the better ones")
+    parser.add_argument("--good", type=label_values, help="make pairs by a label: column=value,… of the better texts")
+    parser.add_argument(
+        "--bad", type=lambda text: text.split(","), help="labels of the worse ones (default: all others)"
+    )
+    parser.add_argument("--judge_share", type=share, help="of pairs' train rows: goes into judge_pairs instead")
     parser.add_argument("--keep", nargs="+", default=[], help="further columns of yours to write")
     parser.add_argument("--output", type=folder, default=Path("data/mine"), help="folder to write to")
     parser.add_argument("--test_share", type=share, default=0.1, help="of the rows, where no file is called test")
@@ -188,6 +220,10 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         if args.kind != "pairs" or keep:
             raise SystemExit("--good: is for --kind pairs alone, and without --keep; leave one of them out")
         forms, keep = LABELLED, [args.good[0]]
+    elif args.bad:
+        raise SystemExit("--bad: needs --good; give it as column=value")
+    if args.judge_share and args.kind != "pairs":
+        raise SystemExit("--judge_share: is for --kind pairs; leave it out")
     loader, sides = find_sides(args.source)
     splits = {side: load_files(Source(", ".join(files)), loader, files) for side, files in sides.items()}
     for side, split in splits.items():
@@ -209,12 +245,13 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
             lambda row: [row[column] for column in keys],
             test_rows,
         )
-        for side, row in pair_up(rows, *args.good, reader) if args.good else rows:
-            outbox.add(args.kind, side, row)
+        rows = share_out(rows, args.kind, args.judge_share, args.seed)
+        for kind, side, row in pair_up(rows, *args.good, args.bad, reader) if args.good else rows:
+            outbox.add(kind, side, row)
 
     return write(
         args.output,
-        [f"{args.kind}/train.jsonl", f"{args.kind}/test.jsonl"],
+        both_sides([args.kind, *(["judge_pairs"] if args.judge_share else [])]),
         fill,
         reader,
         f"--source {' '.join(args.source)}",

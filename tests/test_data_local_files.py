@@ -81,6 +81,45 @@ def test_labelled_texts_become_pairs_with_each_text_once_and_none_on_both_sides(
     assert all(reason.endswith("no partner of another label") for reason in out)
 
 
+def test_several_labels_may_be_good_or_bad_and_texts_without_one_are_left_out(tmp_path, capsys):
+    rows = [{"review": f"review {i}", "stars": i % 6 or None} for i in range(60)]  # None, 1, 2, 3, 4, 5
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    options = "--kind", "pairs", "--columns", "text=review", "--good", "stars=4,5", "--bad", "1,2"
+    prepare(tmp_path, "--source", source, *options)
+    stars = {row["review"]: row["stars"] for row in rows}
+    pairs = both(tmp_path, "pairs")
+    assert {stars[pair["chosen"]] for pair in pairs} == {4, 5}
+    assert {stars[pair["rejected"]] for pair in pairs} == {1, 2}
+    out = capsys.readouterr().out
+    assert "chosen: 20 texts with 4, 5; rejected: 20 with 1, 2\n" in out
+    counts = left_out(out)
+    assert counts["train: stars is empty"] + counts.get("test: stars is empty", 0) == 10
+    assert counts["train: stars is 3"] + counts.get("test: stars is 3", 0) == 10
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_judges_share_has_other_rows_of_train_and_the_same_of_test(tmp_path, capsys, labelled):
+    if labelled:
+        rows = [{"review": f"review {i}", "label": i % 2} for i in range(200)]
+        options = "--columns", "text=review", "--good", "label=1"
+    else:
+        rows, options = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(200)], ()
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    counts = prepare(tmp_path, "--source", source, "--kind", "pairs", *options, "--judge_share", "0.3")
+    texts = {}
+    for kind in ("pairs", "judge_pairs"):
+        for side in ("train", "test"):
+            found = rows_of(tmp_path / "out" / kind / f"{side}.jsonl")
+            texts[kind, side] = {text for row in found for text in (row["chosen"], row["rejected"])}
+    assert texts["pairs", "test"] == texts["judge_pairs", "test"]
+    assert not texts["pairs", "train"] & texts["judge_pairs", "train"]
+    assert not (texts["pairs", "train"] | texts["judge_pairs", "train"]) & texts["pairs", "test"]
+    assert 0.15 < counts["judge_pairs/train.jsonl"] / counts["pairs/train.jsonl"] < 0.75
+    if labelled:
+        used = set().union(*texts.values())
+        assert len(used) + sum(left_out(capsys.readouterr().out).values()) == 200
+
+
 def test_sft_takes_prompt_and_completion_where_they_are_named(tmp_path):
     rows = [{"text": "t", "q": f"q{i}", "a": f" a{i}"} for i in range(10)]
     source = write_rows(tmp_path / "a.jsonl", rows)
@@ -153,6 +192,8 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):
         (["--kind", "sft", "--columns", "text=review", "--good", "stars=1"], "--good"),
         (["--kind", "pairs", "--columns", "text=review", "--good", "stars=9"], "stars has 0, 1, 2, 3, 4"),
         (["--kind", "pairs", "--columns", "text=review", "--good", "rating=1"], "'rating'"),
+        (["--kind", "pairs", "--columns", "text=review", "--bad", "1"], "--bad"),
+        (["--kind", "sft", "--columns", "text=review", "--judge_share", "0.2"], "--judge_share"),
         (["--kind", "pairs", "--columns", "text=review", "--good", "stars"], "column=value"),
         ([], "--kind"),
         (["--kind", "sft", "--source", "nowhere.csv"], "nowhere.csv"),

@@ -22,6 +22,7 @@ SHORT = {  # by the end of a program's name: what is put behind its options
     "_ppo": [*SMALL, "--total_episodes", "16", "--max_completion_length", "6"],
     "eval.compare": ["--n_prompts", "8", "--max_new_tokens", "6"],
     "eval.reward_model": ["--n_pairs", "8"],
+    "eval.predict": ["--max_new_tokens", "6"],
 }
 
 
@@ -56,9 +57,10 @@ def after_the_demo(tmp_path_factory):
 def run_command(text: str) -> None:
     """A command of a guide, in this process and cut short."""
     words = shlex.split(text.replace("\\\n", " "))
-    if words[:2] == ["accelerate", "launch"]:
-        stem = Path(words[2]).stem
-        run(stem, *words[3:], *SHORT[f"_{stem.rpartition('_')[2]}"])
+    words = words[1:] if words[0] == "accelerate" else words  # launch …, or python …
+    if words[1].startswith("recipes/"):
+        stem = Path(words[1]).stem
+        run(stem, *words[2:], *SHORT[f"_{stem.rpartition('_')[2]}"])
     elif words[:2] == ["python", "-m"]:
         importlib.import_module(words[2]).main([*words[3:], *SHORT.get(words[2], [])])
     else:
