@@ -31,6 +31,17 @@ def repetition_penalty(completions, **_) -> list[float]:
     return [-repeated_trigrams(as_text(completion)) for completion in completions]
 
 
+def rouge1(completions, reference, **_) -> list[float]:
+    """Words shared with the dataset's column `reference`: ROUGE-1's F1, in [0, 1] (Lin 2004).
+
+    As a reward beside another one, which keeps the text fluent: Paulus et al. 2017, arXiv:1705.04304.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second to import
+
+    score = RougeScorer(["rouge1"], use_stemmer=True).score
+    return [score(r, as_text(c))["rouge1"].fmeasure for c, r in zip(completions, reference, strict=True)]
+
+
 def repeated_trigrams(text: str) -> float:
     """The share of a text's own word trigrams that repeat an earlier one; 0 for a text without trigrams."""
     words = text.split()
