@@ -192,6 +192,9 @@ def test_a_script_like_trls_trains_saves_and_shows_completions(command_line, roo
     epochs = 1 if "--use_peft" in options else 4
     assert trainer.state.global_step == 2 * epochs
     assert len(history(trainer, "objective/scores")) == 2, "TRL logged each rollout"
+    assert history(trainer, "episode") == [trainer.args.batch_size, 2 * trainer.args.batch_size]
+    assert history(trainer, "lr") == history(trainer, "learning_rate")
+    assert trainer.state.episode == 2 * trainer.args.batch_size
     assert [abs(kl) < 1e-5 for kl in history(trainer, "objective/kl")] == [True, False]
     folder = Path(trainer.args.output_dir)
     saved, start = load_file(folder / "critic.safetensors"), load_file(Path(roomy[1]) / "model.safetensors")
@@ -527,8 +530,11 @@ def of_two_labels(path):
     ("given", "said"),
     [
         (lambda gpt2, _: {"model": gpt2}, "model: .* is no model of transformers; load it"),
-        (lambda _, head: {"reward_model": head}, "reward_model: .* is no model of transformers; load it"),
-        (lambda *_: {"reward_model": None}, "reward_model: None is no model of transformers"),
+        (
+            lambda _, head: {"reward_model": head},
+            r"reward_model: \w+ is no model of transformers; give a classifier, or a function of yours: def reward\(",
+        ),
+        (lambda *_: {"reward_model": None}, "reward_model: NoneType is no model of transformers"),
         (lambda *_: {"args": trl_ppo.PPOConfig("out", **QUIET)}, "args: PPOConfig is not trl_ppo.compat.PPOConfig"),
         (lambda *_: {"data_collator": default_data_collator}, "data_collator: rows are not padded here; leave it out"),
         (lambda *_: {"train_dataset": Dataset.from_dict({"prompt": ["a"] * 8})}, "train_dataset: .* input_ids; add it"),

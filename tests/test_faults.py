@@ -204,7 +204,8 @@ class SignalAt(TrainerCallback):
 def test_a_signal_saves_at_the_rollouts_end_and_prints_the_command_that_goes_on(
     gpt2_path, finished, tmp_path, monkeypatch, capfd, number, status
 ):
-    monkeypatch.setattr(sys, "argv", ["recipes/x.py", "--config", "my file.yaml"])
+    script = "recipes/x.py" if number == signal.SIGTERM else "mine.py"  # of ours, or of the user's
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), "--config", "my file.yaml"])
     trainer = job(gpt2_path, tmp_path, num_train_epochs=1, callbacks=[SignalAt(2, number)], save_strategy="no")
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
@@ -213,8 +214,9 @@ def test_a_signal_saves_at_the_rollouts_end_and_prints_the_command_that_goes_on(
     assert signal.getsignal(number) is before
     assert damage(tmp_path / "checkpoint-4", also=PPO_FILES) is None
     said = capfd.readouterr()
-    command = "recipes/x.py --config 'my file.yaml' --resume_from_checkpoint true"
-    assert said.out.splitlines()[-1] == f"stopped after step 4, saved; to go on: python {command}"
+    command = f"python {ROOT / script} --config 'my file.yaml' --resume_from_checkpoint true"
+    command = command if number == signal.SIGTERM else "trainer.train(resume_from_checkpoint=True)"
+    assert said.out.splitlines()[-1] == f"stopped after step 4, saved; to go on: {command}"
     assert "a second signal (Ctrl-C) leaves at once" in said.err
     resumed = job(gpt2_path, tmp_path, num_train_epochs=1, save_strategy="no")
     resumed.train(resume_from_checkpoint=True)

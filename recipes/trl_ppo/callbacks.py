@@ -108,6 +108,8 @@ class StopOnSignal(TrainerCallback):
         if self.stopped and error is None:
             launcher = "accelerate launch …" if "ACCELERATE_DYNAMO_BACKEND" in os.environ else "python"  # it sets that
             command = f"{launcher} {shlex.join(sys.argv).removesuffix(RESUME)}{RESUME}"
+            if not Path(sys.argv[0]).with_name("recipe_args.py").exists():  # a script of the user's has its own options
+                command = "trainer.train(resume_from_checkpoint=True)"
             said = f"stopped after step {self.trainer.state.global_step}, saved; to go on: {command}"
             self.trainer.accelerator.print(said, flush=True)
             raise SystemExit(128 + self.stopped)

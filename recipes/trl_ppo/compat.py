@@ -7,6 +7,7 @@ Their arguments, settings, names and defaults; not their faults. The guide is re
 
 import copy
 import math
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,12 +155,24 @@ class PPOTrainer(trainer.PPOTrainer):
             )
         if value_model is not None:
             attach_critic(self.policy, args, self.accelerator.device, value_model)
+        elif not args.value_model_path:
+            warnings.warn("value_model: None, so the critic is a value head on the policy", FutureWarning, stacklevel=2)
         if eval_dataset is not None and args.num_sample_generations > 0:
             self.add_callback(ShowSamples(self))
 
     def _tokenize_prompts(self, prompts):
         """The parent's: token ids, images, other inputs. The ids are the dataset's own, whatever text they make."""
         return [prompt.ids for prompt in prompts], None, {}
+
+    def log(self, logs, start_time=None):
+        """The parent's, with TRL 1.12's `episode`, `eps` (episodes per second) and `lr` in the rows of training."""
+        if "learning_rate" in logs:
+            rollouts = -(-self.state.global_step // self.args.steps_per_rollout)
+            self.state.episode = rollouts * self.args.batch_size
+            logs |= {"episode": self.state.episode, "lr": logs["learning_rate"]}
+            if start_time is not None:
+                logs["eps"] = int(self.state.episode / (time.time() - start_time))
+        super().log(logs, start_time)
 
     def generate_completions(self, sampling=False):
         """Print five held-out prompts, answers at a temperature of 0.01, and scores; `sampling` takes one batch alone.
@@ -254,7 +267,10 @@ def check_models(models, tokenizer):
     """UserError for what is no loaded model, is given twice, or does not know all tokens of the tokenizer."""
     for name, model in models.items():
         if not hasattr(model, "get_input_embeddings"):
-            raise UserError(f"{name}: {model!r:.60} is no model of transformers; load it, or take trl_ppo.PPOTrainer")
+            needed = "load it"
+            if name == "reward_model":
+                needed = "give a classifier, or a function of yours: def reward(prompts, completions, **columns)"
+            raise UserError(f"{name}: {type(model).__name__} is no model of transformers; {needed}")
         same = [other for other in models if models[other] is model]
         if same != [name]:
             raise UserError(f"{' and '.join(same)}: are one and the same object; load it once for each")

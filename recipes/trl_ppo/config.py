@@ -161,8 +161,11 @@ def check_arguments(model, args, train_dataset, others):
     for name in ("tools", "environment_factory"):
         if others.get(name):
             raise UserError(f"{name}: not supported by PPOTrainer, whose completions are the policy's tokens alone")
+    there = getattr(train_dataset, "column_names", None) or ()
+    if there and "prompt" not in there and train_dataset.format["type"] != "custom":  # a transform may make it
+        raise UserError(f"train_dataset: has no column prompt, only {', '.join(there)}; trl_ppo.compat takes input_ids")
     columns = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}  # what rewards get besides columns
-    if taken := columns & set(getattr(train_dataset, "column_names", None) or ()):
+    if taken := columns & set(there):
         raise UserError(f"train_dataset: rename column {min(taken)!r}; rewards get something else by that name")
     if args.critic_path is not None:
         check_critic_file(args)

@@ -103,6 +103,10 @@ class RewardModel:
         device: str | torch.device | None = None,
         add_eos: bool | None = None,
     ):
+        if isinstance(path, torch.nn.Module):
+            raise UserError(
+                f"RewardModel: takes a folder or a Hub id, no {type(path).__name__}; save it, with its tokenizer"
+            )
         path = os.path.expanduser(str(path))
         if looks_local(path) and not Path(path).exists():
             raise FileNotFoundError(f"reward model {path!r} does not exist: train it first or give a Hub id")
