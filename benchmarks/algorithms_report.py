@@ -111,9 +111,16 @@ def row(runs, levels):
 def at_best(groups, levels):
     """Those of `groups` that the judge likes most at one of the levels, among an algorithm's of three seeds or more.
 
-    Where an algorithm has none of three seeds, among all that it has.
+    Where an algorithm has none of three seeds, among all that it has. And, of three seeds or more, the one that gets to
+    `SHARE` first, if each of its seeds does.
     """
-    chosen = set()
+    chosen, fastest = set(), {}
+    for (algorithm, settings), runs in groups.items():
+        arrived = [point["seconds"] for run in runs if (point := reached(run["points"], levels[-1]))]
+        if len(arrived) == len(runs) >= SEEDS and algorithm != "best_of_n":
+            found = statistics.mean(arrived), settings
+            fastest[algorithm] = min(fastest.get(algorithm, found), found)
+    chosen |= {(algorithm, settings) for algorithm, (_, settings) in fastest.items()}
     for level in levels:
         ranked = {}
         for (algorithm, settings), runs in groups.items():
@@ -144,7 +151,7 @@ def best_of_n_table(run):
 
 
 def draw(groups, levels, path):
-    """The judge's share against KL: a thin line for each seed of an algorithm's best settings."""
+    """The judge's share against KL: a line, with a dot at its end, for each seed of an algorithm's best settings."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     chosen = at_best(groups, levels)
@@ -156,9 +163,10 @@ def draw(groups, levels, path):
                 [point["judge"] for point in run["points"]],
                 "s--" if algorithm == "best_of_n" else "o-",
                 color=colour,
-                markersize=3,
-                linewidth=1,
-                alpha=0.8,
+                markevery=1 if algorithm == "best_of_n" else [-1],  # a run's end
+                markersize=5,
+                linewidth=0.7,
+                alpha=0.7,
                 label=None if number else f"{name}, n = {len(runs)}" if algorithm != "best_of_n" else name,
             )
     axes.axhline(SHARE, color="grey", linewidth=0.5)

@@ -175,8 +175,16 @@ def test_an_algorithm_is_stood_for_by_what_is_best_at_a_level_on_three_seeds_whe
             *(made_up("ppo", points((0, 0.5), (5, 0.6), (8, 0.9)), seed, learning_rate=2) for seed in range(3)),
             *(made_up("ppo", points((0, 0.5), (5, 0.6), (8, 0.7)), seed, learning_rate=3) for seed in range(5)),
             made_up("rloo", points((0, 0.5), (8, 0.8)), learning_rate=1),
+            *(made_up("grpo", points((0, 0.5), (7, 0.9), (8, 0.8)), seed, learning_rate=1) for seed in range(3)),
+            *(made_up("grpo", points((0, 0.5), (5, 0.8), (8, 0.95)), seed, learning_rate=2) for seed in range(3)),
+            *(made_up("grpo", points((0, 0.5), (7, 0.9), (8, 0.8)), seed, learning_rate=3) for seed in range(2)),
         ]
     )
+    assert {key for key in algorithms_report.at_best(groups, (6.0, 8.0)) if key[0] == "grpo"} == {
+        ("grpo", "learning_rate 1"),  # the first at 0.9
+        ("grpo", "learning_rate 2"),
+    }
+    groups = {key: runs for key, runs in groups.items() if key[0] != "grpo"}
     assert {settings for _, settings in algorithms_report.at_best(groups, (6.0, 8.0))} == {
         "num_iterations 4, learning_rate 1",
         "num_iterations 4, learning_rate 2",

@@ -78,6 +78,9 @@ def test_every_documented_command_exists_and_parses(path, command, monkeypatch):
         parser = importlib.import_module(command[2]).make_parser()
         if command[3:]:  # else the module is named alone
             parser.parse_args(command[3:])
+    elif command[1].startswith("recipes/"):
+        types = typing.get_type_hints(importlib.import_module(Path(command[1]).stem).main).values()
+        parse(str(ROOT / command[1]), *types, args=command[2:])
     else:
         script = ROOT / command[1]
         importlib.import_module(f"{script.parent.name}.{script.stem}").make_parser().parse_args(command[2:])

@@ -177,7 +177,7 @@ def data(tmp_path_factory):
         "labelled": [{"text": text, "label": i % 2} for i, text in enumerate(texts)],
         "sft": [{"text": text} for text in texts],
         "pairs": [{"chosen": SENTENCES[i % 6], "rejected": SENTENCES[(i + 1) % 6]} for i in range(32)],
-        "prompts": [{"prompt": text[:40]} for text in texts],
+        "prompts": [{"prompt": text[:40], "reference": SENTENCES[0]} for text in texts],
         "posts": [
             {"prompt": POST.format(text[:80]), "completion": " " + SENTENCES[i % 6]} for i, text in enumerate(texts)
         ],
