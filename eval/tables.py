@@ -76,7 +76,7 @@ PAIRS_NOTE = (
 
 WORDS = {  # what a report speaks of, for someone who has nothing but the report
     "base, tuned": "the model before training, and after",
-    "reward": "the function that training made larger; its number for a completion is the score",
+    "reward": "the function whose value training raises; its value for a completion is the score",
     "judge": "a reward marked as one that training never saw; a model of the same kind, trained on data of the same "
     "kind, may share the reward's weaknesses",
     "share above 0": "the share of completions with a score above 0; for a reward model that was trained to a mean of "

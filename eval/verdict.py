@@ -142,6 +142,8 @@ def sentences(results: dict) -> list[str]:
 def _judges_on_best_of_n(results: dict) -> str:
     """The judges' means beside the reward's, which best-of-n picks by and therefore flatters."""
     best, tuned = results["best_of_n"], tuned_on_its_prompts(results)
+    if best["at_equal_kl"]["equal_kl"]:  # between two n, where the judges have no figure
+        return ""
     picked = next((point["rewards"] for point in best["points"] if point["n"] == best["at_equal_kl"]["n"]), {})
     judges = [name for name in picked if results["rewards"][name].get("judge")]
     return "".join(

@@ -22,7 +22,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from conftest import SENTENCES
-from rewards import ensemble, length_penalty, preference, reference_sampler, word_count
+from rewards import ensemble, length_penalty, preference, reference_sampler, rouge1, word_count
 from trl_ppo import PPOConfig, RewardModel
 from trl_ppo.critic import ValueModel
 from trl_ppo.reward_model import encode, with_finite_scores
@@ -472,3 +472,8 @@ def test_the_reference_continues_each_prompt_as_if_it_stood_alone_up_to_its_end(
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         expected.append(tokenizer.decode(ids[given:], skip_special_tokens=True))
     assert sampler(str(tmp_path / "model"), tmp_path, temperature=1e-6)(prompts) == expected
+
+
+def test_rouge1_is_the_f1_of_the_words_shared_with_the_reference():
+    found = rouge1(["The cat", "dogs ran", ""], reference=["the cat sat", "a dog", "x"])
+    assert found == pytest.approx([0.8, 0.5, 0.0])  # 2·(1·⅔)/(1 + ⅔); stems count: dogs, dog
