@@ -180,6 +180,8 @@ def next_command(text, theirs, given):
             command = _with_option(command, option, given[key])
     if "reward_model" in theirs.get("rewards", ()) and "reward_model" not in given["rewards"]:
         command = re.sub(r" --reward \w+=" + re.escape(str(theirs["reward_model"])) + r"\S*", "", command)
+    if theirs.get("dataset_name") != given.get("dataset_name"):  # the YAML's judge was made for its own data
+        command = re.sub(r" --judge \S+", "", command)
     moved = given["output_dir"] != theirs["output_dir"]  # the report of another run stays as it is
     added = [name for name in given.get("rewards", ()) if name not in theirs.get("rewards", ())]
     functions = [name if ":" in name else f"rewards:{name}" for name in added]

@@ -229,6 +229,10 @@ def test_the_next_command_is_the_yamls_own_with_the_paths_of_this_run():
     command = terminal.next_command(text, theirs | {"rewards": {"reward_model": 1.0}}, given | alone)
     assert command.split("--tuned runs/y ")[1] == "--output runs/y_report --reward calm=mine.py:calm"
     assert "--output runs/x_report" in terminal.next_command(text, theirs, theirs)
+    judged = text.replace("--output", "--judge j=a:f --output")
+    for data, there in (("a/data", True), ("mine/data", False)):
+        command = terminal.next_command(judged, theirs | {"dataset_name": "a/data"}, given | {"dataset_name": data})
+        assert ("--judge" in command) == there
     short = terminal.next_command(text, theirs, given | {"max_completion_length": 8})
     assert short == f"{plain} --max_new_tokens 8"
     assert terminal.next_command(text, theirs | {"reward_label": "UP"}, given | {"reward_label": "DOWN"}) is None
