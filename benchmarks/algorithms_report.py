@@ -4,6 +4,7 @@ import json
 import statistics
 from collections import defaultdict
 
+import matplotlib
 from matplotlib.figure import Figure
 
 SHARE = 0.9
@@ -172,7 +173,8 @@ def draw(groups, levels, path):
     axes.axhline(SHARE, color="grey", linewidth=0.5)
     axes.set(xlim=(0, 16), xlabel="KL to the start, nats per completion", ylabel="positive by an unseen judge")
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    with matplotlib.rc_context({"svg.hashsalt": "algorithms"}):  # the same file for the same runs
+        figure.savefig(path, metadata={"Date": None})
 
 
 def write(folder, name, levels):
