@@ -156,12 +156,10 @@ def pair_up(rows: Iterable[tuple], column: str, good: list, bad: list | None, re
     labels: Counter[str] = Counter()
     for kind, side, row in rows:
         label = "" if row[column] is None else str(row[column]).strip()
-        again = kind == "judge_pairs" and side == "test"  # which has been counted
-        labels[label] += not again
+        labels[label] += 1
         is_good = label in good
         if not label or not (is_good or bad is None or label in bad):
-            if not again:
-                reader.leave_out(f"{side}: {column} is {label or 'empty'}")
+            reader.leave_out(f"{side}: {column} is {label or 'empty'}")
         elif others := waiting.get((kind, side, not is_good)):
             texts = row["text"], others.pop()
             chosen, rejected = texts if is_good else texts[::-1]
@@ -175,20 +173,17 @@ def pair_up(rows: Iterable[tuple], column: str, good: list, bad: list | None, re
         asked = f"--good {column}={','.join(good)}" + (f" --bad {','.join(bad)}" if bad else "")
         raise SystemExit(f"{asked}: pairs need texts of both; {column} has {there}")
     print(f"chosen: {better} texts with {', '.join(good)}; rejected: {rejected} with {', '.join(sorted(worse))}")
-    for (kind, side, _), texts in waiting.items():
-        for _ in texts if (kind, side) != ("judge_pairs", "test") else ():
+    for (_, side, _), texts in waiting.items():
+        for _ in texts:
             reader.leave_out(f"{side}: no partner of another label")
 
 
 def share_out(rows: Iterable[tuple[str, dict]], kind: str, judge_share: float | None, seed: int) -> Iterator[tuple]:
-    """(kind, side, row): those of train are the judge's with that chance; those of test are both's."""
+    """(kind, side, row): those of train are the judge's, "judge_pairs", with that chance."""
     rng = random.Random(seed)
     for side, row in rows:
-        for_judge = bool(judge_share) and (side == "test" or rng.random() < judge_share)
-        if for_judge:
-            yield "judge_pairs", side, dict(row)
-        if side == "test" or not for_judge:
-            yield kind, side, row
+        for_judge = judge_share and side == "train" and rng.random() < judge_share
+        yield "judge_pairs" if for_judge else kind, side, row
 
 
 def make_parser() -> Parser:
@@ -226,8 +221,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         raise SystemExit("--judge_share: is for --kind pairs; leave it out")
     loader, sides = find_sides(args.source)
     splits = {side: load_files(Source(", ".join(files)), loader, files) for side, files in sides.items()}
-    for side, split in splits.items():
-        check_columns(Source(", ".join(sides[side])), side, split.column_names, [args.good[0]] if args.good else [])
+    for side, split in splits.items() if args.good else ():
+        check_columns(Source(", ".join(sides[side])), side, split.column_names, keep)
     chosen = [choose_columns(args.kind, forms, dict(args.columns), keep, s.column_names) for s in splits.values()]
     columns = chosen[0]
     if chosen[-1] != columns:
@@ -248,6 +243,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         rows = share_out(rows, args.kind, args.judge_share, args.seed)
         for kind, side, row in pair_up(rows, *args.good, args.bad, reader) if args.good else rows:
             outbox.add(kind, side, row)
+            if args.judge_share and side == "test":  # the judge is tested on the same
+                outbox.add("judge_pairs", side, row)
 
     return write(
         args.output,

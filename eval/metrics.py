@@ -16,7 +16,7 @@ from eval.intervals import (
 )
 from eval.pairwise import Verdicts, measure_verdicts
 from eval.prompts import Prompts
-from rewards import repeated_trigrams
+from rewards import repeated_trigrams, rouge
 
 ROLES = ("base", "tuned")
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -46,12 +46,8 @@ class Samples:
 
 
 def rouge_scores(references: list[str], texts: list[str]) -> dict[str, list[float]]:
-    """F-measures of ROUGE-1, -2 and -L by the `rouge-score` library, words stemmed (Lin 2004), each (n,)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    scored = [scorer.score(reference, text) for reference, text in zip(references, texts, strict=True)]
-    return {name: [row[name].fmeasure for row in scored] for name in ROUGE}
+    """F-measures of ROUGE-1, -2 and -L (Lin 2004), each (n,)."""
+    return rouge(references, texts, ROUGE)
 
 
 def measure(samples: dict[str, Samples], seed: int) -> dict:

@@ -11,14 +11,12 @@ def verdict(results: dict) -> list[str]:
     """Short sentences without intervals: what changed, how far from the base, who agrees, and what to look out for."""
     metrics = results["over_runs"] if results["kind"] == "runs" else results["metrics"]
     judges = [name for name in metrics["rewards"] if results["rewards"][name].get("judge")]
-    trained = next((name for name in metrics["rewards"] if name not in judges), None)
+    trained = [name for name in metrics["rewards"] if name not in judges]
     found = []
-    if trained is not None:
-        for name in metrics["rewards"]:
-            if name not in judges:
-                found.append(f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}.")
+    if trained:
+        found += [f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}." for name in trained]
         for name in judges:
-            says = _agreement(name, metrics["rewards"][name], metrics["rewards"][trained])
+            says = _agreement(name, metrics["rewards"][name], metrics["rewards"][trained[0]])
             found.append(f"{says}{_ties(results, name)}.")
     else:
         found += [f"{_change(name, metrics['rewards'][name])}; it is marked as a judge." for name in judges]
@@ -141,9 +139,10 @@ def sentences(results: dict) -> list[str]:
 
 def _judges_on_best_of_n(results: dict) -> str:
     """The judges' means beside the reward's, which best-of-n picks by and therefore flatters."""
-    best, tuned = results["best_of_n"], tuned_on_its_prompts(results)
+    best = results["best_of_n"]
     if best["at_equal_kl"]["equal_kl"]:  # between two n, where the judges have no figure
         return ""
+    tuned = tuned_on_its_prompts(results)
     picked = next((point["rewards"] for point in best["points"] if point["n"] == best["at_equal_kl"]["n"]), {})
     judges = [name for name in picked if results["rewards"][name].get("judge")]
     return "".join(

@@ -36,10 +36,16 @@ def rouge1(completions, reference, **_) -> list[float]:
 
     As a reward beside another one, which keeps the text fluent: Paulus et al. 2017, arXiv:1705.04304.
     """
+    return rouge(reference, map(as_text, completions), ["rouge1"])["rouge1"]
+
+
+def rouge(references, texts, kinds) -> dict[str, list[float]]:
+    """F-measures of these kinds of ROUGE by the `rouge-score` library, words stemmed, each (n,)."""
     from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second to import
 
-    score = RougeScorer(["rouge1"], use_stemmer=True).score
-    return [score(r, as_text(c))["rouge1"].fmeasure for c, r in zip(completions, reference, strict=True)]
+    scorer = RougeScorer(list(kinds), use_stemmer=True)
+    scored = [scorer.score(reference, text) for reference, text in zip(references, texts, strict=True)]
+    return {kind: [row[kind].fmeasure for row in scored] for kind in kinds}
 
 
 def repeated_trigrams(text: str) -> float:
