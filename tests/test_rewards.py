@@ -25,6 +25,7 @@ from conftest import SENTENCES
 from rewards import ensemble, length_penalty, preference, reference_sampler, rouge1, word_count
 from trl_ppo import PPOConfig, RewardModel
 from trl_ppo.critic import ValueModel
+from trl_ppo.inputs import ScoreError, reward_failures
 from trl_ppo.reward_model import encode, with_finite_scores
 
 PROMPTS = ["the movie", "", "a great", "i watched it twice because the story was so"]
@@ -477,3 +478,16 @@ def test_the_reference_continues_each_prompt_as_if_it_stood_alone_up_to_its_end(
 def test_rouge1_is_the_f1_of_the_words_shared_with_the_reference():
     found = rouge1(["The cat", "dogs ran", ""], reference=["the cat sat", "a dog", "x"])
     assert found == pytest.approx([0.8, 0.5, 0.0])  # 2·(1·⅔)/(1 + ⅔); stems count: dogs, dog
+
+
+def test_a_reward_that_needs_a_column_which_is_not_there_is_told_so_and_one_that_fails_itself_is_not():
+    def needs(prompts, completions, stars):
+        return [stars + 1]
+
+    with (
+        pytest.raises(ScoreError, match=r"'needs' failed: .*'stars'; what it needs .* must be a column of the dataset"),
+        reward_failures("needs"),
+    ):
+        needs(["a"], ["b"])
+    with pytest.raises(ScoreError, match=r"TypeError: .* \(test_rewards.py, line \d+\)$"), reward_failures("needs"):
+        needs(["a"], ["b"], stars="one")

@@ -129,9 +129,10 @@ def reward_failures(name: str, where: str = ""):
     try:
         yield
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[:3][-1]  # after this one and its caller: its own
+        frames = traceback.extract_tb(error.__traceback__)[:3]  # this one's, its caller's and the function's own
+        frame = frames[-1]
         said = f"{type(error).__name__}: {first_line(error)} ({Path(frame.filename).name}, line {frame.lineno})"
-        if isinstance(error, TypeError) and Path(frame.filename).parent == Path(__file__).parent:  # it was not entered
+        if isinstance(error, TypeError) and len(frames) < 3:  # it was not entered
             said = f"{first_line(error)}; what it needs besides prompts and completions must be a column of the dataset"
         raise ScoreError(f"reward function {name!r} failed{where}: {said}") from error
 
