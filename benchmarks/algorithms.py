@@ -57,7 +57,7 @@ class Evaluator:
         from transformers import AutoTokenizer
 
         from eval.compare import load_with_logprobs
-        from recipe_args import load_split, prompt_cutter
+        from models_and_data import load_split, prompt_cutter
         from rewards import find_function
         from trl_ppo import RewardModel
 
@@ -148,8 +148,9 @@ def train(family, name, settings, seed, folder, n_prompts):
     from trl import ModelConfig
 
     import sentiment_gpt2_ppo as recipe
+    from command_line import parse
     from group_trainers import make_trainer
-    from recipe_args import PPOArguments, parse
+    from recipe_args import PPOArguments
     from trl_ppo import PPOConfig
     from trl_ppo.doctor import Doctor
 
@@ -183,7 +184,7 @@ def fine_tune(family, settings, seed, folder, n_prompts, batch=128):
     """SFT of the same model on the positive reviews' beginnings, as long as prompt and completion together."""
     from trl import SFTConfig, SFTTrainer
 
-    from recipe_args import load_split
+    from models_and_data import load_split
 
     texts = positive_beginnings(load_split("data/imdb/pairs", "train", ["chosen"]))
     every, points = FAMILIES[family][3], []

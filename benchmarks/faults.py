@@ -91,7 +91,7 @@ def scorer(prompts, completions, **columns):
 
 def recipe(arguments):
     """The recipe's own `__main__`, in this process."""
-    from recipe_args import run
+    from command_line import run
     from sentiment_gpt2_ppo import main
 
     sys.argv = [SCRIPT, *arguments]
@@ -218,7 +218,7 @@ def make_models(folder):
     ):
         import sentiment_gpt2_reward
         import sentiment_gpt2_sft
-        from recipe_args import parse
+        from command_line import parse
 
         module = {"sft": sentiment_gpt2_sft, "reward": sentiment_gpt2_reward}[stage]
         kinds = module.main.__annotations__.values()

@@ -73,7 +73,7 @@ def recipe(name, folder, smoke):
     """Two rollouts, or four steps, of a recipe by its own YAML; the last of what it logs, and seconds of its `main`."""
     import throughput_run
 
-    from recipe_args import parse
+    from command_line import parse
 
     stem, _, variant = name.removesuffix(VLLM).partition(" ")
     main = importlib.import_module(stem).main

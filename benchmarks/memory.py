@@ -37,7 +37,7 @@ from trl import get_peft_config
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from recipe_args import one_line_errors, parse
+from command_line import one_line_errors, parse
 from trl_ppo.critic import ValueHead, ValueModel
 from trl_ppo.logprobs import CompletionTokens, add_logprobs_forward
 

@@ -26,8 +26,9 @@ from matplotlib.figure import Figure  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
 import sentiment_gpt2_ppo  # noqa: E402
+from command_line import one_line_errors, parse  # noqa: E402
 from eval.machine import cpu_name, git_commit  # noqa: E402
-from recipe_args import PPOArguments, one_line_errors, parse  # noqa: E402
+from recipe_args import PPOArguments  # noqa: E402
 from trl_ppo import PPOConfig  # noqa: E402
 
 TINY = ROOT / "recipes" / "variants" / "sentiment_gpt2_ppo" / "tiny.yaml"

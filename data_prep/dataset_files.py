@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # a script is run by its path
 
-from recipe_args import OneLineParser
+from command_line import OneLineParser
 from trl_ppo.inputs import looks_local
 
 SUFFIXES = {"json": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",), "csv": (".csv", ".csv.gz")}

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from command_line import OneLineParser
 from eval.best_of_n import compare_at_equal_kl, measure_best_of_n
 from eval.generation import CompletionLog, generate, sequence_logprobs
 from eval.loading import (
@@ -54,7 +55,6 @@ from eval.report import SCHEMA_VERSION, print_table, write_atomically, write_rep
 from eval.scores import Reward, RewardSpec, load_rewards, parse_rewards, score
 from eval.targets import Target, check_output, find_targets
 from eval.training import read_curves
-from recipe_args import OneLineParser
 from trl_ppo import cpu_folder
 from trl_ppo.inputs import UserError
 from trl_ppo.logprobs import add_logprobs_forward

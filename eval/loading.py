@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from recipe_args import check_model
+from models_and_data import check_model
 from trl_ppo.inputs import UserError, first_line
 from trl_ppo.loading import check_tokenizer, check_weights, load_skeleton, load_whole
 

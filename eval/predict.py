@@ -20,10 +20,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from command_line import OneLineParser
 from data_prep.summarize_from_feedback import format_post
 from eval.loading import at_least, check_language_model, load_model, load_tokenizer, set_stop_ids, stop_ids
 from eval.streaming import Predictor, Prompt, encode_prompt, printable, show_beside, show_plainly
-from recipe_args import OneLineParser
 from trl_ppo.inputs import UserError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import datasets
 
 from eval.loading import check_language_model, generation_config, load_tokenizer, positions_of, stop_ids
-from recipe_args import load_split, prompt_cutter
+from models_and_data import load_split, prompt_cutter
 from trl_ppo.inputs import UserError
 
 NOT_COLUMNS = {"prompts", "completion", "completions", "completion_ids"}  # names that a reward gets from elsewhere

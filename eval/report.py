@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
+from command_line import OneLineParser
 from eval.tables import NONE, WORDS, Table, facts, label_of, table_rows, tables, title_of, worst
 from eval.verdict import sentences, verdict
-from recipe_args import OneLineParser
 from trl_ppo.inputs import first_line
 
 SCHEMA_VERSION = 2

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import OneLineParser
 from eval.best_of_n import expected_best, measure_best_of_n
 from eval.generation import generate
 from eval.intervals import paired_difference
@@ -34,7 +35,6 @@ from eval.report import code, escape, markdown_table, readable, write_atomically
 from eval.scores import load_rewards, parse_rewards, score
 from eval.tables import Table, best_of_table, estimate_text, origin, source_text
 from eval.targets import check_output
-from recipe_args import OneLineParser
 from trl_ppo.inputs import UserError
 
 SCHEMA_VERSION = 1

@@ -11,11 +11,11 @@ and exit status 2.
 import json
 from pathlib import Path
 
+from command_line import OneLineParser
 from eval.generation import generate
 from eval.loading import at_least, load_model, positive
 from eval.prompts import load_prompts, prepare
 from eval.report import write_atomically
-from recipe_args import OneLineParser
 from trl_ppo.inputs import UserError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from eval.generation import batches
 from eval.prompts import Prompts
-from recipe_args import check_path
+from models_and_data import check_path
 from rewards import find_function
 from trl_ppo import RewardModel
 from trl_ppo.inputs import UserError, finite_scores, first_line, reward_failures

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.loading import is_adapter
-from recipe_args import check_path
+from models_and_data import check_path
 from trl_ppo.inputs import UserError
 
 

@@ -10,8 +10,8 @@ The wiring is that of `qwen_summarize_ppo.py`. The score of an answer falls with
 policy (or adapter), tokenizer and critic.
 """
 
+from command_line import run
 from qwen_summarize_ppo import main
-from recipe_args import run
 
 if __name__ == "__main__":
     run(main, __file__)

@@ -10,8 +10,8 @@ useful. Writes `output_dir`: a sequence classifier with one label, its tokenizer
 `reward_report.svg`.
 """
 
+from command_line import run
 from qwen_summarize_reward import main
-from recipe_args import run
 
 if __name__ == "__main__":
     run(main, __file__)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe_args import UserError, load_split
+from models_and_data import load_split
 from rewards import word_count
-from trl_ppo.inputs import join
+from trl_ppo.inputs import UserError, join
 
 SIDES = ("chosen", "rejected")
 LIKE_LENGTH = 0.1  # of the longer text's words: texts that differ by no more are of like length

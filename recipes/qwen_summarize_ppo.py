@@ -13,8 +13,10 @@ import transformers
 import trl
 
 import trl_ppo
+from command_line import run
 from group_trainers import make_trainer
-from recipe_args import PPOArguments, check_model, init_kwargs, load_prompts, merge_adapter, run
+from models_and_data import check_model, init_kwargs, load_prompts, merge_adapter
+from recipe_args import PPOArguments
 from terminal import announce
 
 

@@ -15,8 +15,10 @@ import transformers
 import trl
 
 import trl_ppo
+from command_line import run
+from models_and_data import check_model, fit_out, init_kwargs, merge_adapter
 from preferences import check_length, join_prompts, load_pairs, report, tokenize_pairs
-from recipe_args import RecipeArguments, check_model, fit_out, init_kwargs, merge_adapter, run
+from recipe_args import RecipeArguments
 from terminal import announce
 
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import transformers
 import trl
 
-from recipe_args import RecipeArguments, check_model, fit_out, init_kwargs, load_split, merge_adapter, run
+from command_line import run
+from models_and_data import check_model, fit_out, init_kwargs, load_split, merge_adapter
+from recipe_args import RecipeArguments
 from sentiment_gpt2_sft import train_tokenizer
 from terminal import announce
 

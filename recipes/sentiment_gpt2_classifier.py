@@ -18,10 +18,13 @@ from tokenizers import BertWordPieceTokenizer
 from tokenizers.processors import BertProcessing
 
 import trl_ppo
+from command_line import run
+from models_and_data import check_model, fit_out
 from preferences import check_length, report
-from recipe_args import OutputArguments, UserError, check_model, fit_out, run
+from recipe_args import OutputArguments
 from sentiment_gpt2_reward import load_either
 from terminal import announce
+from trl_ppo.inputs import UserError
 
 LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
 

@@ -15,9 +15,12 @@ import transformers
 import trl
 
 import trl_ppo
+from command_line import run
+from models_and_data import check_model, fit_out, init_kwargs, load_split, merge_adapter
 from preferences import check_length, join_prompts, load_pairs, report, tokenize_pairs
-from recipe_args import RecipeArguments, UserError, check_model, fit_out, init_kwargs, load_split, merge_adapter, run
+from recipe_args import RecipeArguments
 from terminal import announce
+from trl_ppo.inputs import UserError
 
 
 @dataclass(kw_only=True)

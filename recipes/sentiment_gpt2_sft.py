@@ -13,7 +13,9 @@ import transformers
 import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from recipe_args import RecipeArguments, check_model, fit_out, init_kwargs, load_split, merge_adapter, run
+from command_line import run
+from models_and_data import check_model, fit_out, init_kwargs, load_split, merge_adapter
+from recipe_args import RecipeArguments
 from terminal import announce
 
 END, PAD = "<|endoftext|>", "<|pad|>"

@@ -16,9 +16,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Trainer
 
+from command_line import one_line_errors
 from eval import compare, predict, report, reward_model
 from eval.pairwise import PairwiseJudge
-from recipe_args import one_line_errors
 from test_ppo_trainer import history, make_trainer, roll_out
 from test_recipes import run
 from trl_ppo.loading import load_skeleton

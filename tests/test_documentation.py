@@ -14,8 +14,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import GRPOTrainer, ModelConfig
 
+from command_line import parse
 from conftest import ROOT
-from recipe_args import PPOArguments, parse
+from recipe_args import PPOArguments
 from test_recipes import VARIANTS, YAMLS, name_of, script_of
 from trl_ppo import PPOConfig, PPOTrainer
 

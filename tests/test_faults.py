@@ -13,8 +13,9 @@ import pytest
 from transformers import TrainerCallback
 from trl import ModelConfig
 
+from command_line import one_line_errors
 from conftest import ROOT
-from recipe_args import OutputArguments, PPOArguments, lock_folder, one_line_errors
+from recipe_args import OutputArguments, PPOArguments, lock_folder
 from test_ppo_resume import assert_same_end, job
 from test_ppo_trainer import letter_share
 from trl_ppo.checkpoints import PPO_FILES, checkpoint_to_resume, damage, numbered

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import recipe_args
+import command_line
 from conftest import ROOT
 from data_prep import toy_reviews
 from test_documentation import COMMAND, blocks
@@ -95,6 +95,6 @@ def test_the_commands_for_a_gpu_name_settings_that_the_recipes_have(after_the_de
     for command in COMMAND.findall(block):
         script, *options = shlex.split(command.replace("\\\n", " "))[2:]
         annotations = importlib.import_module(Path(script).stem).main.__annotations__
-        first, training, _ = recipe_args.parse(ROOT / script, *annotations.values(), args=options)
+        first, training, _ = command_line.parse(ROOT / script, *annotations.values(), args=options)
         assert first.dataset_name.startswith("data/mine")
         assert training.output_dir.startswith("runs/mine")

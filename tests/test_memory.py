@@ -14,9 +14,10 @@ from trl import ModelConfig
 
 from benchmarks.memory import main, memory
 from benchmarks.throughput_jobs import Job
+from command_line import parse
 from conftest import ROOT
 from measured_memory import settings
-from recipe_args import PPOArguments, parse
+from recipe_args import PPOArguments
 from trl_ppo import PPOConfig
 
 QWEN2 = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}

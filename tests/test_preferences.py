@@ -11,9 +11,10 @@ from scipy.stats import binomtest
 from transformers import AutoModelForSequenceClassification
 
 import preferences
-from recipe_args import UserError, merge_adapter
+from models_and_data import merge_adapter
 from rewards import length_penalty, repetition_penalty
 from trl_ppo import RewardModel
+from trl_ppo.inputs import UserError
 
 
 def write(folder, rows):

@@ -12,9 +12,12 @@ import pytest
 from safetensors import SafetensorError
 from trl import GRPOConfig, ModelConfig, RewardConfig, ScriptArguments
 
-import recipe_args
-from recipe_args import PPOArguments, UserError, check_model, check_path, load_split, one_line_errors, parse
+import command_line
+from command_line import one_line_errors, parse
+from models_and_data import check_model, check_path, load_split
+from recipe_args import PPOArguments
 from trl_ppo import PPOConfig
+from trl_ppo.inputs import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = (ScriptArguments, RewardConfig, ModelConfig)
@@ -342,7 +345,7 @@ def test_a_reward_model_that_cannot_be_used_is_one_line(bert_path, capsys):
 def test_a_script_run_for_real_fails_in_one_line_with_status_2(script):
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
-        "from dataclasses import dataclass\nfrom recipe_args import one_line_errors, parse\n"
+        "from dataclasses import dataclass\nfrom command_line import one_line_errors, parse\n"
         "@dataclass\nclass Args:\n    model: str = 'gpt2'\n"
         "@one_line_errors()\ndef main(args):\n    print('loading', args.model)\n    open(args.model)\n"
         "if __name__ == '__main__':\n    main(*parse(__file__, Args))\n"
@@ -437,8 +440,8 @@ def test_an_unreachable_hub_is_one_line_with_the_mend():
 
 
 def test_the_module_imports_without_torch():
-    code = "import sys, recipe_args; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(recipe_args.__file__).parent).returncode == 0
+    code = "import sys, command_line; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(command_line.__file__).parent).returncode == 0
 
 
 @pytest.mark.parametrize(

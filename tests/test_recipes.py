@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
+from command_line import parse
 from conftest import ROOT
 from data_prep import toy_reviews
-from recipe_args import UserError, load_split, parse
+from models_and_data import load_split
+from trl_ppo.inputs import UserError
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.with_suffix(".yaml").exists())
 VARIANTS = sorted((ROOT / "recipes" / "variants").glob("*/*.yaml"))
@@ -160,7 +162,8 @@ def test_the_ppo_recipe_writes_policy_tokenizer_and_critic_and_reports_score_and
 
 
 def test_prompts_are_cut_to_the_wanted_number_of_tokens(toy_run):
-    from recipe_args import PPOArguments, load_prompts
+    from models_and_data import load_prompts
+    from recipe_args import PPOArguments
 
     folder, _ = toy_run
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
@@ -283,7 +286,7 @@ def test_lora_and_quantisation_are_keys_of_the_yaml_and_the_merged_model_is_the_
     ],
 )
 def test_what_is_missing_ends_in_one_line_before_a_model_loads(stem, options, said, capsys, monkeypatch):
-    from recipe_args import one_line_errors
+    from command_line import one_line_errors
 
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped, one_line_errors():

@@ -16,8 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from command_line import parse
 from conftest import ROOT
-from recipe_args import PPOArguments, check_model, parse
+from models_and_data import check_model
+from recipe_args import PPOArguments
 from test_ppo_trainer import make_trainer
 from trl_ppo import PPOConfig, RewardModel
 

@@ -19,7 +19,7 @@ from test_ppo_trainer import make_trainer, roll_out
 from trl_ppo import PPOTrainer, compat, logprobs
 
 RECIPES = ROOT / "recipes"
-SHARED = {"rewards", "preferences", "recipe_args"}  # the modules of recipes/ that others may import
+SHARED = {"rewards", "preferences", "command_line", "models_and_data"}  # the modules of recipes/ that others may import
 
 # TRL's hooks are private: each of these may drift with the next release, so each needs its reason.
 OVERRIDES = {

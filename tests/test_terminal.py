@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import logging as transformers_logging
 
 import terminal
+from command_line import RENAMED, parse
 from conftest import ROOT
-from recipe_args import RENAMED, PPOArguments, UserError, parse
+from recipe_args import PPOArguments
 from rewards import check_signature
 from test_bad_input import refusal, settings, start  # noqa: F401  fixtures
 from test_recipes import RECIPES, YAMLS, name_of
 from trl_ppo import PPOConfig
 from trl_ppo.callbacks import RolloutProgress, StageProgress, curve
-from trl_ppo.inputs import first_line, not_finite
+from trl_ppo.inputs import UserError, first_line, not_finite
 
 # --- --help ---------------------------------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ from trl_ppo.inputs import first_line, not_finite
 def test_the_help_of_no_recipe_waits_for_torch_or_the_trainers():
     """So that it takes a second; each of these takes several."""
     code = (
-        "import importlib, sys\nfrom recipe_args import run\n"
+        "import importlib, sys\nfrom command_line import run\n"
         "for stem in sys.argv[1:]:\n"
         "    main, sys.argv = importlib.import_module(stem).main, [stem, '--help']\n"
         "    try:\n        run(main, f'{stem}.py')\n"

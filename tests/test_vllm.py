@@ -11,7 +11,7 @@ from trl.generation import vllm_client
 from trl.generation.vllm_generation import VLLMGeneration
 
 import fake_vllm
-from recipe_args import one_line_errors
+from command_line import one_line_errors
 from test_ppo_trainer import history, make_trainer, prompts, roll_out
 from trl_ppo import PPOConfig, importance_weights
 from trl_ppo.checkpoints import PPO_FILES, damage, numbered
