@@ -6,6 +6,7 @@ counts those rows, keeps train and test apart and drops repeats; `write` puts th
 
 import argparse
 import csv
+import filecmp
 import gzip
 import hashlib
 import json
@@ -96,12 +97,14 @@ def load(source: Source, function: str = "load_dataset", **arguments):
         ) from None
 
 
-def first_columns(source: Source, loader: str, path: str) -> list[str]:
+def first_columns(source: Source, loader: str, path: str, separator: str = ",") -> list[str]:
     """The columns of a JSONL or CSV file, by its first line."""
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig" if loader == "csv" else "utf-8", newline="") as file:
-            row = next(csv.reader(file)) if loader == "csv" else json.loads(next(file))
+            row = next(csv.reader(file, delimiter=separator)) if loader == "csv" else json.loads(next(file))
+    except UnicodeDecodeError as error:
+        raise source._replace(name=path).error(f"is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (OSError, ValueError, EOFError, csv.Error, StopIteration) as error:
         reason = str(error) or "the file is empty"
         what = "header" if loader == "csv" else "JSON object"
@@ -147,6 +150,9 @@ def load_files(source: Source, loader: str, paths: Sequence[str]):
     options: dict[str, Any] = {"split": "train", "data_files": {"train": list(paths)}}
     named = source._replace(name=", ".join(paths))
     columns = first_columns(source, loader, paths[0]) if loader != "parquet" else []
+    if loader == "csv" and len(columns) == 1:  # a spreadsheet in a country of decimal commas writes semicolons
+        options["sep"] = next((each for each in ";\t" if each in columns[0]), ",")
+        columns = first_columns(source, loader, paths[0], options["sep"])
     if loader == "json":
         return JsonLines(load(named, path="text", **options), named, columns)
     if loader == "csv":
@@ -400,9 +406,11 @@ class Outbox:
             self.add(kind, side, row)
 
     def move_to(self, output: Path) -> None:
-        """Put every file in its place; call once they are closed."""
+        """Put every file in its place, with a line where that replaces other rows; call once they are closed."""
         for name in self.files:
             (output / name).parent.mkdir(exist_ok=True)
+            if (output / name).is_file() and not filecmp.cmp(output / name, self.partial / name, shallow=False):
+                print(f"{output / name}: replaced, it held other rows")
             os.replace(self.partial / name, output / name)
 
 

@@ -59,7 +59,9 @@ KINDS = {
     "pairs": [("prompt", "chosen", "rejected"), ("chosen", "rejected")],
     "prompts": [("prompt",)],
 }
+LABELS = ", or make pairs of a label with --good"
 LABELLED = [("text",)]  # what pairs are made of with --good
+FEW_PAIRS = 100
 TEST_NAME = re.compile(r"(test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
@@ -117,7 +119,9 @@ def choose_columns(kind: str, forms, mapped: dict[str, str], keep: list[str], th
     allowed = [column for form in forms for column in form]
     for wanted, yours in mapped.items():
         if wanted not in allowed:
-            raise SystemExit(f"--columns {wanted}={yours}: {kind} has {', '.join(dict.fromkeys(allowed))}; name one")
+            hint = LABELS if kind == "pairs" else ""
+            wants = ", ".join(dict.fromkeys(allowed))
+            raise SystemExit(f"--columns {wanted}={yours}: {kind} has {wants}; name one{hint}")
         if yours not in there:
             raise SystemExit(f"--columns {wanted}={yours}: no column {yours!r}, only {there}; name one of them")
     for column in keep:
@@ -168,10 +172,12 @@ def pair_up(rows: Iterable[tuple], column: str, good: list, bad: list | None, re
             waiting.setdefault((kind, side, is_good), []).append(row["text"])
     worse = [label for label in labels if label and label not in good] if bad is None else bad
     better, rejected = (sum(labels[label] for label in each) for each in (good, worse))
-    if not better or not rejected:
+    absent = [label for label in [*good, *(bad or [])] if not labels[label]]
+    if not better or not rejected or absent:
         there = ", ".join(sorted(filter(None, labels))[:8])
         asked = f"--good {column}={','.join(good)}" + (f" --bad {','.join(bad)}" if bad else "")
-        raise SystemExit(f"{asked}: pairs need texts of both; {column} has {there}")
+        wrong = f"no text has {', '.join(absent)}" if absent else "pairs need texts of both"
+        raise SystemExit(f"{asked}: {wrong}; {column} has {there}")
     print(f"chosen: {better} texts with {', '.join(good)}; rejected: {rejected} with {', '.join(sorted(worse))}")
     for (_, side, _), texts in waiting.items():
         for _ in texts:
@@ -246,7 +252,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
             if args.judge_share and side == "test":  # the judge is tested on the same
                 outbox.add("judge_pairs", side, row)
 
-    return write(
+    counts = write(
         args.output,
         both_sides([args.kind, *(["judge_pairs"] if args.judge_share else [])]),
         fill,
@@ -254,6 +260,10 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         f"--source {' '.join(args.source)}",
         "add rows or fix those left out",
     )
+    for name, rows in counts.items():
+        if "pairs/train" in name and rows < FEW_PAIRS:
+            print(f"{name}: {rows} pairs are few for a reward model; a function may do better (see the guide)")
+    return counts
 
 
 if __name__ == "__main__":

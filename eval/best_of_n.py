@@ -41,20 +41,23 @@ def measure_best_of_n(scores: dict[str, np.ndarray], sizes: list[int], reward: s
     return {"reward": reward, "n_prompts": len(picked), "samples_per_prompt": picked.shape[1], "points": points}
 
 
-def compare_at_equal_kl(picked: np.ndarray, tuned: np.ndarray, kl: float, sizes: list[int], seed: int) -> dict:
+def compare_at_equal_kl(
+    picked: np.ndarray, tuned: np.ndarray, kl: float, sizes: list[int], seed: int, values: np.ndarray | None = None
+) -> dict:
     """The tuned model against best-of-n where the KL of both is `kl`; beyond the largest n, against that n.
 
-    `picked` (prompts, N) are the base's scores by the picking reward, `tuned` (prompts,) the tuned model's. Between
-    two n the score is interpolated linearly in KL. `verdict` is "ahead", "behind", or "level" where the interval of
+    `picked` (prompts, N) are the base's scores by the picking reward, `values` those by which the two are compared if
+    these are another's, a judge's; `tuned` (prompts,) are the tuned model's. Between two n the score is interpolated
+    linearly in KL. `verdict` is "ahead", "behind", or "level" where the interval of
     the paired difference holds 0.
     """
-    largest = max(sizes)
+    values, largest = picked if values is None else values, max(sizes)
     reached = kl <= kl_bound(largest)
     n = next((n for n in range(1, largest) if kl_bound(n) <= kl < kl_bound(n + 1)), largest) if kl > 0 else 1
-    best = expected_best(picked, picked, n)
+    best = expected_best(picked, values, n)
     if reached and n < largest:
         share = (max(kl, 0.0) - kl_bound(n)) / (kl_bound(n + 1) - kl_bound(n))
-        best = (1 - share) * best + share * expected_best(picked, picked, n + 1)
+        best = (1 - share) * best + share * expected_best(picked, values, n + 1)
     difference = paired_difference(best, tuned, seed=seed)
     verdict = "ahead" if difference["low"] > 0 else "behind" if difference["high"] < 0 else "level"
     estimates = {"best_of_n": interval(best, seed=seed), "tuned": interval(tuned, seed=seed), "difference": difference}
@@ -84,4 +87,5 @@ def verdict_sentence(found: dict, reward: str) -> str:
         "behind": f"The tuned model loses to {where}",
         "level": f"The tuned model cannot be told from {where}",
     }[found["verdict"]]
-    return f"{verb}: mean {reward} {scores} ({difference}, n = {found['difference']['n']})."
+    judged = f"by {reward}, which picked its samples"
+    return f"{verb} {judged}: mean {scores} ({difference}, n = {found['difference']['n']})."

@@ -82,12 +82,17 @@ class Plan:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(prog="eval.compare", description="Compare a base model with its tuned one.")
+    parser = OneLineParser(
+        prog="eval.compare",
+        description="Compare a base model with its tuned one, or any model with another: --base one --tuned other.",
+    )
     add = parser.add_argument
     add("--base", required=True, help="folder or Hub id of the model before tuning")
     tuned = parser.add_mutually_exclusive_group(required=True)
     tuned.add_argument("--tuned", help="folder or Hub id of the tuned model; a LoRA adapter's works too")
-    tuned.add_argument("--runs", nargs="+", metavar="RUN", help="several tuned models, in one table; files are skipped")
+    tuned.add_argument(
+        "--runs", nargs="+", metavar="RUN", help="several seeds of one recipe, averaged too; files are skipped"
+    )
     tuned.add_argument("--sweep", type=Path, metavar="RUN", help="every checkpoint of one run, and its final model")
     add("--prompts", required=True, help="folder, JSONL file or Hub id of the prompts")
     add("--reward", action="append", required=True, metavar="NAME=SPEC", help="module:function or classifier[#LABEL]")
@@ -317,9 +322,15 @@ def best_of_n(picks: dict[str, np.ndarray], tuned: Samples | None, plan: Plan, a
     sizes = sorted({1, *args.best_of})
     found = measure_best_of_n(picks, sizes, reward, args.seed) | {"at_equal_kl": None}
     if tuned is not None:
-        scores = np.array(tuned.scores[reward][: len(picks[reward])])
         kl = float(np.mean(tuned.kl))
-        found["at_equal_kl"] = compare_at_equal_kl(picks[reward], scores, kl, sizes, args.seed)
+        compared = {
+            name: compare_at_equal_kl(
+                picks[reward], np.array(tuned.scores[name][: len(values)]), kl, sizes, args.seed, values
+            )
+            for name, values in picks.items()
+        }
+        found["at_equal_kl"] = compared[reward]
+        found["judges"] = {name: each for name, each in compared.items() if plan.specs[name].judge}
     return found
 
 

@@ -136,33 +136,43 @@ def _score_against_kl(results: dict, name: str) -> Picture:
 
 
 def _frontier(results: dict) -> Picture:
-    """The first reward against KL: checkpoints joined in their order, or separate runs; best-of-n where it is known."""
-    reward = next(iter(results["rewards"]))
+    """The rewards against KL, a panel each: checkpoints in their order, or separate runs; best-of-n where it is known.
+
+    Best-of-n picks by the first reward, which flatters it there; a judge's panel says what that is worth.
+    """
+    best = results["best_of_n"]
+    names = list(results["rewards"])[: 1 if best is None and not results.get("sweep") else 3]
     models = results["runs"] if results["kind"] == "runs" else results["sweep"] or [{"name": "tuned", **results}]
-    kls = [model["metrics"]["kl"]["tuned"] for model in models]
-    means = [model["metrics"]["rewards"][reward]["mean"]["tuned"] for model in models]
     on_which = ""
+    own = None
     if results["kind"] == "comparison" and not results["sweep"]:  # on the prompts that best-of-n had
-        on_its_prompts = tuned_on_its_prompts(results)
-        kls, means = [on_its_prompts["kl"]], [on_its_prompts[reward]]
-        on_which = f", on the first {results['best_of_n']['n_prompts']} prompts"
-    figure, axes = _subplots(10.4, 4.0)
-    if results.get("sweep"):
-        start = results["metrics"]["rewards"][reward]["mean"]["base"]["mean"]  # where every run begins, at a KL of 0
-        path = [(0.0, start), *((kl["mean"], mean["mean"]) for kl, mean in zip(kls, means, strict=True))]
-        axes.plot(*zip(*path, strict=True), color=TUNED, linewidth=1, alpha=0.6)
-    places = _points(axes, kls, means, [model["name"] for model in models], "o", TUNED, "tuned", (5, -10))
-    if results["best_of_n"]:
-        points = results["best_of_n"]["points"]
-        bounds = [dict.fromkeys(("mean", "low", "high"), point["kl"]) for point in points]
-        scores = [point["rewards"][reward] for point in points]
-        names = [f"n={point['n']}" for point in points]
-        places += _points(axes, bounds, scores, names, "s--", OTHER, "best-of-n of the base", (-6, 2))
-    axes.set(xlabel="KL to the base, nats per completion", ylabel=f"{label_of(results, reward)}: mean")
+        own, on_which = tuned_on_its_prompts(results), f", on the first {best['n_prompts']} prompts"
+    figure = Figure(figsize=(10.4, 3.6))
+    places = []
+    for index, reward in enumerate(names):
+        axes = figure.add_subplot(1, len(names), index + 1)
+        kls = [own["kl"]] if own else [model["metrics"]["kl"]["tuned"] for model in models]
+        means = [own[reward]] if own else [model["metrics"]["rewards"][reward]["mean"]["tuned"] for model in models]
+        if results.get("sweep"):
+            start = results["metrics"]["rewards"][reward]["mean"]["base"][
+                "mean"
+            ]  # where every run begins, at a KL of 0
+            path = [(0.0, start), *((kl["mean"], mean["mean"]) for kl, mean in zip(kls, means, strict=True))]
+            axes.plot(*zip(*path, strict=True), color=TUNED, linewidth=1, alpha=0.6)
+        labels = ("tuned", "best-of-n of the base") if index == 0 else (None, None)
+        said = _points(axes, kls, means, [model["name"] for model in models], "o", TUNED, labels[0], (5, -10))
+        if best:
+            bounds = [dict.fromkeys(("mean", "low", "high"), point["kl"]) for point in best["points"]]
+            scores = [point["rewards"][reward] for point in best["points"]]
+            at = [f"n={point['n']}" for point in best["points"]]
+            said += _points(axes, bounds, scores, at, "s--", OTHER, labels[1], (-6, 2))
+        axes.set(xlabel="KL to the base, nats per completion", ylabel=f"{label_of(results, reward)}: mean")
+        places.append(f"{reward}: " + "; ".join(said))
     _legend(figure)
     what = "the runs" if results["kind"] == "runs" else "the checkpoints" if results["sweep"] else "the tuned model"
-    what += f" and best-of-n of the base{on_which}" if results["best_of_n"] else ""
-    return _picture(figure, "frontier", f"{label_of(results, reward)} against KL: {what}", "; ".join(places) + ".")
+    what += f" and best-of-n of the base{on_which}, picked by {best['reward']}" if best else ""
+    shown = ", ".join(label_of(results, name) for name in names)
+    return _picture(figure, "frontier", f"{shown} against KL: {what}", ". ".join(places) + ".")
 
 
 def _overoptimisation(results: dict) -> Picture:

@@ -24,6 +24,8 @@ from trl_ppo.inputs import first_line
 SCHEMA_VERSION = 2
 TABLE_WIDTH = 140  # characters, where the output is not a terminal and so has no width of its own
 
+GUIDE = "How to read this, and what to do next: `recipes/guides/read_a_report.md`, where this program is."
+
 LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, and those that reorder text
 # Whatever Markdown or HTML could act upon inside a line. Underscores within a word are inert and stay readable.
@@ -54,7 +56,7 @@ def code(text: str) -> str:
 
 def render(results: dict) -> str:
     """The whole report as Markdown."""
-    blocks = [f"# {escape(title_of(results))}", readable(" ".join(verdict(results)))]
+    blocks = [f"# {escape(title_of(results))}", readable(" ".join(verdict(results))), GUIDE]
     blocks += ["Means, with 95 % intervals:", "\n".join(f"- {readable(text)}" for text in sentences(results))]
     for table in tables(results):
         blocks += [f"## {escape(table.title)}", markdown_table(table), escape(table.note)]
@@ -166,7 +168,7 @@ def _sample_row(role: str, side: dict, names: list[str]) -> list[str]:
 def make_parser() -> OneLineParser:
     """The command line."""
     parser = OneLineParser(prog="eval.report", description="Render results.json as Markdown and HTML.")
-    parser.add_argument("results", type=Path, help="a results.json written by eval.compare")
+    parser.add_argument("results", type=Path, help="a results.json written by eval.compare, or its folder")
     return parser
 
 
@@ -174,7 +176,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     """Render the named results file again; returns the reports' paths."""
     args = make_parser().parse_args(argv)
     try:
-        reports = write_report(args.results)
+        results = args.results / "results.json" if args.results.is_dir() else args.results
+        reports = write_report(results)
     except ReportError as error:
         sys.exit(f"eval.report: error: {error}")
     print(*reports)

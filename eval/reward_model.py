@@ -82,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = more.add_argument
     add("--base", help="folder or Hub id of a language model")
     add("--prompts", help="folder, JSONL file or Hub id of its prompts")
+    add("--prompt_column", default="prompt")
     add("--judge", action="append", default=[], metavar="NAME=SPEC", help="a reward that training never saw")
     add("--best_of", type=at_least(2), nargs="+", metavar="N", default=[4, 16], help="sizes (default 4 16)")
     add("--n_prompts", type=at_least(2), default=64, help="the first so many prompts (default 64)")
@@ -125,7 +126,7 @@ def check(args, argv: list[str]) -> dict:
 
 def plan_samples(args) -> tuple:
     """The base model's description, its tokenizer, the prompts, each N times, and the stop ids; no weights."""
-    load = partial(load_prompts, args.prompts, args.split, "prompt", args.n_prompts)
+    load = partial(load_prompts, args.prompts, args.split, args.prompt_column, args.n_prompts)
     config, tokenizer, prompts, eos = prepare("--base", args.base, load, args.prompt_tokens, args)
     return describe_model(args.base, config), tokenizer, prompts.repeat(max(args.best_of)), eos
 
@@ -172,7 +173,7 @@ def tables(results: dict) -> list[Table]:
     ]
     found = [
         Table("Figures", FIGURES_NOTE, ["figure", "value", "n"], rows),
-        Table("Probes", PROBES_NOTE, ["probe", "scores below the chosen text", "n", "what it is"], spoilt),
+        Table("Probes", PROBES_NOTE, ["probe", "chosen texts above it", "n", "what it is"], spoilt),
         Table("Calibration", "By the chance σ(|margin|).", ["chance", "mean", "accuracy", "n"], bins),
     ]
     if best := results["best_of_n"]:
@@ -192,7 +193,7 @@ def render(results: dict) -> str:
     facts["pairs"] = f"{pairs['source']}, split {pairs['split']}, first {pairs['n']}, prompts {pairs['n_prompts']}"
     if results["base"]:
         facts["base"] = source_text(results["base"])
-    blocks = [f"# Check of the reward {escape(next(iter(results['rewards'])))}", readable(results["verdict"])]
+    blocks = [f"# Check of {escape(next(iter(results['rewards'])))}", readable(results["verdict"])]
     for table in tables(results):
         blocks += [f"## {escape(table.title)}", markdown_table(table), escape(table.note)]
     blocks += ["## Where this comes from", "\n".join(f"- {escape(name)}: {code(fact)}" for name, fact in facts.items())]
@@ -213,6 +214,8 @@ def main(argv: list[str] | None = None) -> dict:
     write_atomically(path.with_suffix(".md"), render(json.loads(path.read_text(encoding="utf-8"))))
     print(results["verdict"])
     for table in tables(results)[:2]:
+        if table.title == "Probes":
+            print("the share of chosen texts that score above what was made of them:")
         for label, value, n, *_ in table.rows:
             print(f"  {label:<50}{value:>26}   n = {n}")
     print(f"Report: {path.with_suffix('.md')}")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from eval.generation import batches
 from eval.prompts import Prompts
@@ -43,11 +44,23 @@ def parse_rewards(rewards: list[str], judges: list[str] = ()) -> dict[str, Rewar
         name, _, text = given.partition("=")
         spec = RewardSpec(name, text, judge)
         if not REWARD_NAME.fullmatch(name) or not text or text.startswith("#"):
-            raise UserError(f"{spec.option} {given}: expected NAME=module:function or NAME=classifier[#LABEL]")
+            forms = "NAME=module:function, NAME=file.py:function or NAME=classifier[#LABEL]"
+            raise UserError(f"{spec.option} {given}: expected {forms}")
         if name in specs:
             raise UserError(f"{spec.option} {given}: the name {name!r} is taken by {specs[name].spec}")
+        same = next((other.name for other in specs.values() if judge > other.judge and is_same(spec, other)), None)
+        if same is not None:
+            raise UserError(f"{spec.option} {given}: is the reward {same!r} itself; give another, or none")
         specs[name] = spec
     return specs
+
+
+def is_same(one: RewardSpec, other: RewardSpec) -> bool:
+    """Whether two specs name one function, or one label of one folder."""
+    if None in (one.path, other.path):
+        return one.spec == other.spec
+    labels = [spec.spec.partition("#")[2] for spec in (one, other)]
+    return labels[0] == labels[1] and Path(one.path).resolve() == Path(other.path).resolve()
 
 
 def load_rewards(specs: dict[str, RewardSpec]) -> dict[str, Reward]:

@@ -63,9 +63,9 @@ AT_EQUAL_KL = "The tuned model is compared where its KL equals that bound, which
 BEYOND = "No n here has a KL as large as the tuned model's; it is compared with the largest n."
 OVEROPTIMISATION_NOTE = (
     "Least squares of the gain over the base, with d = √KL: d(α − β log d) for the run's checkpoints, d(α − βd) for "
-    "best-of-n (Gao et al. 2023, arXiv:2210.10760). Where β is below 0 the gain has not begun to level off. A peak "
-    "beyond the checkpoints' own KL is an extrapolation. Where a judge is highest before the reward is, the run has "
-    "over-optimised the reward from there on."
+    "best-of-n (Gao et al. 2023, arXiv:2210.10760). This β is not the price of KL; where it is below 0 the gain has "
+    "not begun to level off. A peak beyond the checkpoints' own KL is an extrapolation. Where a judge is highest "
+    "before the reward is, the run has over-optimised the reward from there on."
 )
 PAIRS_NOTE = (
     "How each reward orders judged pairs, ties counting half. The rest holds for reward models trained by the "
@@ -86,11 +86,22 @@ WORDS = {  # what a report speaks of, for someone who has nothing but the report
     "nat": "the unit of KL; at 5 nats a completion is e⁵ ≈ 150 times as likely under the tuned model as under the base",
     "EOS": "the end-of-sequence token; a completion without one was cut off by the limit of tokens",
     "distinct trigrams": "the number of different trigrams (three words in a row) in all completions, over the number "
-    "of all trigrams; it falls where completions resemble each other",
+    "of all trigrams; it falls where completions resemble each other, and with the number of prompts, so compare only "
+    "reports of equal n",
     "self-repetition": "the share of a completion's own trigrams that repeat an earlier one",
     "perplexity under the base": "how surprising the completions are to the base: far higher is text that it would not "
     "write, far lower is safe and repetitive; neither is a measure of quality",
     "win rate": "the share of prompts for which the tuned model's completion scores higher; a tie counts half",
+    "95 % interval": "where the figure would mostly lie with other prompts of the same kind; the difference of two "
+    "models, which had the same prompts, is known better than either's own figure. Where its interval holds 0, these "
+    "prompts do not tell the two apart. It says nothing about another training seed",
+    "best-of-n": "of n completions of the base, the one that the reward likes best: no training, n times the sampling",
+    "step": "one update of the weights; a rollout (sampling and scoring new completions) comes before several of them",
+    "β": "kl_coef, what PPO pays in score for a nat of KL; it may be adjusted during training",
+    "entropy": "how many ways the model sees to go on, in nats; a slow fall is healthy, a collapse to 0 is not",
+    "critic, explained variance": "the critic predicts the score during a completion; its explained variance is 1 "
+    "where it is right, 0 where it knows no more than the mean, below 0 where it is worse; it should rise above 0",
+    "share of clipped tokens": "those on which an update went further than PPO allows; 0.3 and more is too fast",
 }
 
 
@@ -106,7 +117,7 @@ class Table:
 
 def label_of(results: dict, name: str) -> str:
     """A reward's name; a judge is marked as such."""
-    return f"{name} (judge)" if results["rewards"][name].get("judge") else name
+    return f"{name} (judge)" if results["rewards"][name].get("judge") and name != "judge" else name
 
 
 def title_of(results: dict) -> str:
@@ -171,7 +182,7 @@ def overoptimisation_table(results: dict) -> Table:
             cells = [f"{fitted[key]:.3f}" for key in ("alpha", "beta", "rmse")] if fitted else [NONE] * 3
             top = fitted and fitted["peak_kl"]
             rows.append([label_of(results, name), label, best, *cells, NONE if top is None else f"{top:.1f}"])
-    header = ["reward", "optimised by", "highest at", "α", "β", "error of the fit", "peak of the fit, nats"]
+    header = ["reward", "optimised by", "highest at", "fit's α", "fit's β", "error of the fit", "peak of the fit, nats"]
     return Table("Over-optimisation", OVEROPTIMISATION_NOTE, header, rows)
 
 

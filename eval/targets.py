@@ -24,6 +24,11 @@ def find_targets(args) -> list[Target]:
         return [Target("tuned", args.tuned)]
     if args.sweep:
         found = checkpoints(args.sweep)
+        if len(found) < 2:
+            raise UserError(
+                f"--sweep {args.sweep}: holds one model and nothing to compare it with; train with --save_steps, or "
+                "give the model as --tuned"
+            )
         return [Target("final" if step is None else f"step-{step}", str(folder), step) for step, folder in found]
     paths = [path for path in args.runs if not Path(path).is_file()]
     if not paths:

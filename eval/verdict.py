@@ -1,10 +1,11 @@
 """What a comparison found, in words: first for someone who reads a report for the first time, then with intervals."""
 
-from eval.best_of_n import tuned_on_its_prompts, verdict_sentence
+from eval.best_of_n import verdict_sentence
 from eval.tables import estimate_text, label_of
 
 SURPRISING = 100  # a base's perplexity on its own samples above which its language is poor
 NEWS = 0.1  # a share or a change below it is not worth a sentence of the verdict
+FEW = 100  # prompts below which all of it is a hint
 
 
 def verdict(results: dict) -> list[str]:
@@ -12,25 +13,37 @@ def verdict(results: dict) -> list[str]:
     metrics = results["over_runs"] if results["kind"] == "runs" else results["metrics"]
     judges = [name for name in metrics["rewards"] if results["rewards"][name].get("judge")]
     trained = [name for name in metrics["rewards"] if name not in judges]
-    found = []
+    n = results["prompts"]["n"]
+    found = [f"Measured on {n} prompts" + (", which are few: take all this as a hint." if n < FEW else ".")]
+    if results["kind"] == "runs":
+        found.append(
+            f"Each figure of the tuned model is a mean over {len(results['runs'])} runs, which should differ in their "
+            "seed alone."
+        )
     if trained:
         found += [f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}." for name in trained]
+        if _way(metrics["rewards"][trained[0]]["mean"]["difference"]) < 0:
+            found.append("The reward fell: are base and tuned the wrong way round?")
         for name in judges:
             says = _agreement(name, metrics["rewards"][name], metrics["rewards"][trained[0]])
             found.append(f"{says}{_ties(results, name)}.")
     else:
         found += [f"{_change(name, metrics['rewards'][name])}; it is marked as a judge." for name in judges]
     if "judged_base" in metrics:
-        share = metrics["judged_base"]["tuned"]["mean"]
+        share = metrics["judged_base"]["tuned"]
+        unsure = share["low"] is not None and share["low"] <= 0.5 <= share["high"]
         found.append(
-            f"Asked which of two completions is better, the pairwise judge takes the tuned model's {_percent(share)} "
-            "of the time; 50 % would be no difference."
+            "Asked which of two completions is better, the pairwise judge takes the tuned model's "
+            f"{_percent(share['mean'])} of the time"
+            + (f", which {n} prompts cannot tell from 50 %." if unsure else "; 50 % would be no difference.")
         )
     kl = metrics["kl"]["tuned"]["mean"]
     found.append(f"The tuned model is {kl:.1f} nats (KL per completion) from where it started.")
     if "rouge1" in metrics:
         base, tuned = _means(metrics["rouge1"])
-        found.append(f"ROUGE-1 against the references goes from {100 * base:.1f} to {100 * tuned:.1f}.")
+        logged = "rewards/rouge1/mean" in (results.get("training") or {}).get("curves", {})
+        seen = "; training logged it as a reward, so it is no independent witness" if logged else ""
+        found.append(f"ROUGE-1 against the references goes from {100 * base:.1f} to {100 * tuned:.1f}{seen}.")
     found += _warnings(metrics, results["settings"]["max_new_tokens"])
     seeds = "" if results["kind"] == "runs" else " It is one training run: another seed may end elsewhere."
     return [*found, f"Nothing here measures grammar or sense: read the samples.{seeds}"]
@@ -59,11 +72,12 @@ def _ties(results: dict, name: str) -> str:
 def _agreement(name: str, judge: dict, reward: dict) -> str:
     """Whether a judge sees the change that the reward does."""
     if (way := _way(judge["mean"]["difference"])) == 0:
-        agrees = "sees no difference"
+        agrees = "cannot tell the two apart on these prompts"
     else:
         agrees = "agrees" if way == _way(reward["mean"]["difference"]) else "does not agree"
     says = _change(name, judge).removeprefix(f"By {name}, ")
-    return f"The judge ({name}), marked as one that training never saw, {agrees}: {says}"
+    named = "" if name == "judge" else f" ({name})"
+    return f"The judge{named}, marked as one that training never saw, {agrees}: {says}"
 
 
 def _way(difference: dict) -> int:
@@ -92,7 +106,10 @@ def _warnings(metrics: dict, max_new_tokens: int) -> list[str]:
             if min(base, tuned) == 1
             else (f"{_percent(tuned)} of the tuned model's completions and {_percent(base)} of the base's are")
         )
-        found.append(f"{cut} cut off by the limit of {max_new_tokens} tokens; they are scored as they stand.")
+        found.append(
+            f"{cut} cut off by the limit of {max_new_tokens} tokens (--max_new_tokens raises it); they are scored as "
+            "they stand."
+        )
     base, tuned = _means(metrics["distinct_trigrams"])
     if None not in (base, tuned) and base - tuned > NEWS:  # None: no completion has three words
         found.append(
@@ -138,17 +155,16 @@ def sentences(results: dict) -> list[str]:
 
 
 def _judges_on_best_of_n(results: dict) -> str:
-    """The judges' means beside the reward's, which best-of-n picks by and therefore flatters."""
-    best = results["best_of_n"]
-    if best["at_equal_kl"]["equal_kl"]:  # between two n, where the judges have no figure
-        return ""
-    tuned = tuned_on_its_prompts(results)
-    picked = next((point["rewards"] for point in best["points"] if point["n"] == best["at_equal_kl"]["n"]), {})
-    judges = [name for name in picked if results["rewards"][name].get("judge")]
-    return "".join(
-        f" By {label_of(results, name)}: {estimate_text(tuned[name])} against {estimate_text(picked[name])}."
-        for name in judges
-    )
+    """The same by each judge, which picked nothing: best-of-n is flattered by the reward that it picks by."""
+    verbs = {"ahead": "the tuned model is ahead", "behind": "it is behind", "level": "the two cannot be told apart"}
+    said = ""
+    for judge, found in results["best_of_n"].get("judges", {}).items():
+        means = f"{found['tuned']['mean']:.3f} against {found['best_of_n']['mean']:.3f}"
+        difference = f"(difference {estimate_text(found['difference'], '+')})"
+        said += (
+            f" By {label_of(results, judge)}, which picked nothing, {verbs[found['verdict']]}: {means} {difference}."
+        )
+    return said
 
 
 def _reward_sentence(results: dict, name: str, mean: dict) -> str:
@@ -156,7 +172,7 @@ def _reward_sentence(results: dict, name: str, mean: dict) -> str:
     if difference["low"] is None:
         differs = "differs, by one run"
     else:
-        differs = {1: "rises", -1: "falls", 0: "shows no difference"}[_way(difference)]
+        differs = {1: "rises", -1: "falls", 0: "cannot be told apart"}[_way(difference)]
     return (
         f"By {label_of(results, name)} the mean {differs}, from the base's {mean['base']['mean']:z.3f} to the tuned "
         f"model's {mean['tuned']['mean']:z.3f}: difference {estimate_text(difference, '+')}."

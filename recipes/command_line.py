@@ -34,6 +34,7 @@ from trl import TrlParser
 
 import terminal
 from trl_ppo.inputs import ScoreError, UserError, check_numbers, first_line
+from trl_ppo.settings import RENAMED
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = {  # words in a RuntimeError of torch's that is no bug, and what they mean
@@ -100,7 +101,13 @@ def run(main, script: str):
         script_args, training_args, model_args = parse(script, *main.__annotations__.values())
         path, _ = _choose_config(Path(script), sys.argv[1:])
         text, values = path.read_text(encoding="utf-8"), _read_yaml(path, path)  # now: after training it may be gone
-        main(script_args, training_args, model_args)
+        try:
+            main(script_args, training_args, model_args)
+        except KeyboardInterrupt:
+            saved = any(Path(training_args.output_dir).glob("checkpoint-*"))
+            goes_on = "--resume_from_checkpoint true goes on from the last checkpoint"
+            print("stopped by Ctrl-C;", goes_on if saved else "nothing was saved (--save_steps does)", file=sys.stderr)
+            raise SystemExit(130) from None
         given = vars(script_args) | vars(training_args) | vars(model_args)
         command = terminal.next_command(text, values, given)
         if command and os.environ.get("RANK", "0") == "0" and not given.get("dry_run"):
@@ -286,29 +293,10 @@ def _as_in_yaml(text: str, hint):
         raise argparse.ArgumentTypeError(f"{said}; write it as '{form}'") from None
 
 
-# Settings of TRL's removed PPO trainers that have another name now.
-RENAMED = {
-    "num_ppo_epochs": "num_iterations",
-    "ppo_epochs": "num_iterations",
-    "batch_size": "per_device_train_batch_size",
-    "local_rollout_forward_batch_size": "per_device_train_batch_size",
-    "response_length": "max_completion_length",
-    "max_new_tokens": "max_completion_length",
-    "stop_token": "generation_kwargs",
-    "stop_token_id": "generation_kwargs",
-    "sft_model_path": "model_name_or_path",
-    "reward_model_path": "reward_model",
-    "cliprange": "epsilon",
-    "init_kl_coef": "kl_coef",
-    "exp_name": "run_name",
-    "num_sample_generations": "eval_steps",
-}
-
-
 def _unknown(what, name, known) -> str:
     dashes = "--" if name.startswith("--") else ""
     now = dashes + RENAMED.get(name.removeprefix("--").replace("-", "_"), "")
     if now in known:
         return f"unknown {what} {name}: it is called {now} now"
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"unknown {what} {name}" + (f"; did you mean {close[0]}?" if close else "; --help-all lists those there are")

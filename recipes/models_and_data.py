@@ -49,7 +49,7 @@ def check_model(key: str, path: str | None, head: str | None = None):
         raise UserError(f"{key}: {path!r}: no model can be loaded from there: {first_line(error)}") from error
 
 
-LOADERS = {".csv": "csv", ".parquet": "parquet"}  # of single files; others are JSONL
+LOADERS = {".csv": "csv", ".parquet": "parquet", ".txt": "text"}  # of single files; others are JSONL
 
 
 def load_split(path: str, split: str, columns=(), config: str | None = None, key: str = "dataset_name"):
@@ -68,6 +68,8 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
         files = {"path": LOADERS.get(Path(path).suffix, "json"), "data_files": {split: path}}
     try:
         dataset = datasets.load_dataset(**files, split=split)
+        if files["path"] == "text" and columns:  # a row a line, whatever the one column is to be called
+            dataset = dataset.rename_column("text", columns[0])
     except ConnectionError as error:
         raise UserError(f"{where}: {first_line(error)}; connect, or give the path of a local folder") from error
     except StopIteration as error:  # what datasets raises for a file without a single row

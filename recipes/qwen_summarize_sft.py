@@ -18,7 +18,7 @@ import trl
 from command_line import run
 from models_and_data import check_model, fit_out, init_kwargs, load_split, merge_adapter
 from recipe_args import RecipeArguments
-from sentiment_gpt2_sft import train_tokenizer
+from sentiment_gpt2_sft import refuse_unused_model, train_tokenizer
 from terminal import announce
 
 
@@ -66,7 +66,9 @@ def main(script_args: SFTArguments, training_args: "trl.SFTConfig", model_args: 
     script_args.claim_output_dir(training_args, model_args)
     path, text = model_args.model_name_or_path, training_args.dataset_text_field
     own_tokenizer = script_args.scratch_layers and script_args.scratch_vocab
-    if not own_tokenizer:
+    if own_tokenizer:
+        refuse_unused_model(path, script_args.scratch_layers)
+    else:
         check_model("model_name_or_path", path, None if script_args.scratch_layers else "CausalLM")
     train = load_posts(script_args, script_args.dataset_train_split, text)
     test = load_posts(script_args, script_args.dataset_test_split, text)

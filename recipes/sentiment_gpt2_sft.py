@@ -17,6 +17,7 @@ from command_line import run
 from models_and_data import check_model, fit_out, init_kwargs, load_split, merge_adapter
 from recipe_args import RecipeArguments
 from terminal import announce
+from trl_ppo.inputs import UserError
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -62,6 +63,15 @@ def scratch_model(script_args, tokenizer, max_length):
     return transformers.GPT2LMHeadModel(config)
 
 
+def refuse_unused_model(path, layers):
+    """UserError where a model is named, and another is made from scratch."""
+    if path is not None:
+        raise UserError(
+            f"model_name_or_path: {path!r} would not be used, since scratch_layers: {layers} makes a new model; to "
+            "fine-tune it give --scratch_layers 0"
+        )
+
+
 def load_texts(script_args, split, column):
     """A dataset with nothing but the column of text; a `prompt` and its `completion` make one text."""
     names = load_split(script_args.dataset_name, split, config=script_args.dataset_config).column_names
@@ -79,7 +89,9 @@ def main(script_args: SFTArguments, training_args: "trl.SFTConfig", model_args: 
     script_args.check(model_args)
     script_args.claim_output_dir(training_args, model_args)
     column = training_args.dataset_text_field
-    if not script_args.scratch_layers:
+    if script_args.scratch_layers:
+        refuse_unused_model(model_args.model_name_or_path, script_args.scratch_layers)
+    else:
         check_model("model_name_or_path", model_args.model_name_or_path, "CausalLM")
     train = load_texts(script_args, script_args.dataset_train_split, column)
     test = load_texts(script_args, script_args.dataset_test_split, column)

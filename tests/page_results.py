@@ -67,7 +67,11 @@ def make_results(n: int = 40) -> dict:
     scores = {"reward": rng.normal(0, 1, (n, 8)), "judge": rng.normal(0, 1, (n, 8))}
     kl = float(np.mean(tuned.kl))
     best = measure_best_of_n(scores, [1, 2, 4, 8], "reward", 0)
-    best["at_equal_kl"] = compare_at_equal_kl(scores["reward"], np.array(tuned.scores["reward"]), kl, [1, 2, 4, 8], 0)
+    compared = {
+        name: compare_at_equal_kl(scores["reward"], np.array(tuned.scores[name]), kl, [1, 2, 4, 8], 0, values)
+        for name, values in scores.items()
+    }
+    best |= {"at_equal_kl": compared["reward"], "judges": {"judge": compared["judge"]}}
     run = _run(rng, n)
     return run | {
         "kind": "comparison",

@@ -166,7 +166,7 @@ def test_the_policy_stops_a_script_that_was_not_in_the_page_when_it_was_written(
 # --- The filter -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("reward", "label"), [("reward", "reward"), ("judge", "judge (judge)")])
+@pytest.mark.parametrize(("reward", "label"), [("reward", "reward"), ("judge", "judge")])
 @pytest.mark.parametrize("side", ["tuned", "base"])
 def test_the_filter_shows_the_samples_within_the_limits_and_says_how_many(opened, results, reward, label, side):
     fill(opened, "reward", label)

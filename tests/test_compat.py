@@ -404,6 +404,23 @@ def test_the_critic_starts_from_the_value_models_weights_learns_and_is_saved(gpt
         assert torch.equal(weight, trained[name]), name
 
 
+def test_policy_and_critic_are_there_by_their_old_names(gpt2_path, classifier_path, tmp_path):
+    given = AutoModelForSequenceClassification.from_pretrained(classifier_path)
+    trainer = build(gpt2_path, classifier_path, tmp_path, value_model=given)
+    assert trainer.policy_model is trainer.policy
+    assert trainer.value_model is trainer.policy.critic
+    assert trainer.value_model.head is given.score, "the model that was given is trained in place"
+
+
+def test_trl_ppo_itself_names_all_old_settings_and_arguments_at_once(gpt2_path, tmp_path):
+    with pytest.raises(TypeError, match=r"num_ppo_epochs \(num_iterations now\), nonsense; trl_ppo.compat"):
+        trl_ppo.PPOConfig(output_dir=str(tmp_path), num_ppo_epochs=2, nonsense=1)
+    with pytest.raises(UserError, match=r"^ref_model, reward_model: arguments of TRL's old PPOTrainer"):
+        trl_ppo.PPOTrainer(model=gpt2_path, args=None, ref_model=1, reward_model=2)
+    with pytest.raises(UserError, match="needs reward_funcs, train_dataset"):
+        trl_ppo.PPOTrainer(model=gpt2_path, args=trl_ppo.PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+
+
 def test_without_a_value_model_the_critic_is_a_head_on_the_policy(gpt2_path, classifier_path, tmp_path):
     trainer = build(gpt2_path, classifier_path, tmp_path, value_model=None)
     assert set(trainer.policy.critic.state_dict()) == {"weight", "bias"}

@@ -47,6 +47,41 @@ def test_every_type_of_file_gives_the_users_texts_unchanged(tmp_path, ending):
     assert {(row["text"], row["stars"]) for row in both(tmp_path, "sft")} == expected
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_spreadsheets_separator_is_seen_in_the_header(tmp_path, separator):
+    source = tmp_path / "a.csv"
+    lines = [f"review{separator}stars", *(f"a film, with a comma {i}{separator}{i % 5}" for i in range(20))]
+    source.write_text("\n".join(lines))
+    prepare(tmp_path, "--source", str(source), "--kind", "sft", "--columns", "text=review", "--keep", "stars")
+    assert {row["text"] for row in both(tmp_path, "sft")} == {f"a film, with a comma {i}" for i in range(20)}
+
+
+def test_a_file_that_is_not_utf_8_is_said_to_be_that(tmp_path):
+    source = tmp_path / "a.csv"
+    source.write_bytes("review\ncafé\n".encode("latin-1"))
+    with pytest.raises(SystemExit, match=r"is not UTF-8 .*; save it as UTF-8"):
+        prepare(tmp_path, "--source", str(source), "--kind", "sft", "--columns", "text=review")
+
+
+def test_a_label_that_no_text_has_is_named(tmp_path):
+    rows = [{"review": f"review {i}", "stars": i % 5} for i in range(20)]
+    options = "--kind", "pairs", "--columns", "text=review", "--good", "stars=4,6", "--bad", "0"
+    with pytest.raises(SystemExit, match="no text has 6; stars has 0, 1, 2, 3, 4"):
+        prepare(tmp_path, "--source", write_rows(tmp_path / "a.jsonl", rows), *options)
+
+
+def test_few_pairs_and_rows_that_are_replaced_are_said(tmp_path, capsys):
+    rows = [{"review": f"review {i}", "stars": i % 2} for i in range(40)]
+    options = "--kind", "pairs", "--columns", "text=review", "--good", "stars=1"
+    prepare(tmp_path, "--source", write_rows(tmp_path / "a.jsonl", rows), *options)
+    assert "pairs/train.jsonl: 17 pairs are few" in (first := capsys.readouterr().out)
+    assert "replaced" not in first
+    prepare(tmp_path, "--source", write_rows(tmp_path / "a.jsonl", rows), *options)
+    assert "replaced" not in capsys.readouterr().out, "the same rows"
+    prepare(tmp_path, "--source", write_rows(tmp_path / "b.jsonl", rows[:20]), *options)
+    assert "pairs/train.jsonl: replaced, it held other rows" in capsys.readouterr().out
+
+
 def test_a_csvs_na_is_text_and_its_empty_cell_is_malformed(tmp_path, capsys):
     rows = [*REVIEWS, {"review": "NA", "stars": 1}, {"review": "12", "stars": 1}, {"review": "", "stars": 1}]
     prepare(tmp_path, "--source", write_csv(tmp_path / "a.csv", rows), "--kind", "sft", "--columns", "text=review")

@@ -139,6 +139,7 @@ FAULTS = {
     "temperature": ({"sampling"}, 1, {}, sample_hotter, {}),
     "no end": ({"no end"}, 1, NEVER_ENDS | {"missing_eos_penalty": 1.0}, None, {}),
     "constant reward": ({"constant"}, 1, {"reward_funcs": always_one}, None, {}),
+    "idle reward": ({"idle reward"}, 1, {"reward_funcs": [many_e, always_one]}, None, {}),
     "scores clipped": ({"score clip"}, 1, {"reward_funcs": five_and_more, "score_clip": 2.0}, None, {}),
     "epsilon": ({"clipped"}, 1, {"epsilon": 1e-4, "num_iterations": 8, "learning_rate": 1e-3}, None, {}),
     "learning rate": ({"jump"}, 1, {"learning_rate": 0.3, "num_iterations": 4}, None, {"clipped"}),

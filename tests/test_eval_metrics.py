@@ -206,6 +206,15 @@ def test_beyond_the_largest_n_there_is_no_equal_kl_and_the_sentence_says_so():
     assert "loses to best-of-8" in best_of_n.verdict_sentence(found, "x")
 
 
+def test_a_judge_compares_what_the_reward_picked():
+    rng = np.random.default_rng(3)
+    picked, values = rng.normal(size=(2, 60, 8))
+    found = best_of_n.compare_at_equal_kl(picked, values.mean(1) + 1, 20.0, [8], 0, values)
+    chosen = values[np.arange(60), picked.argmax(1)]
+    assert found["best_of_n"]["mean"] == pytest.approx(chosen.mean())
+    assert found["verdict"] == "ahead"
+
+
 # --- Judged pairs -----------------------------------------------------------------------------------------------
 
 

@@ -303,6 +303,12 @@ BEFORE_MODELS = {
     "an empty side of a pair": (["--tuned", "{run}", "--pairs", "{data}/hollow"], ["--pairs", "'rejected'", "row 0"]),
     "a judge without a spec": (["--tuned", "{run}", "--judge", "x="], ["--judge x="]),
     "a judge with a reward's name": (["--tuned", "{run}", "--judge", "letters=a:b"], ["--judge letters", "taken"]),
+    "a judge that is a reward": (
+        ["--tuned", "{run}", "--judge", f"x={__name__}:letters"],
+        ["--judge x=", "is the reward 'letters' itself"],
+    ),
+    "a sweep of one model": (["--sweep", "{run}/checkpoint-9"], ["--sweep", "one model", "--save_steps"]),
+    "a missing column of prompts": (["--tuned", "{run}", "--prompt_column", "x"], ["no column x", "--prompt_column"]),
     "a missing judge": (["--tuned", "{run}", "--judge", "x={data}/nowhere"], ["--judge x", "nowhere"]),
     "best of none": (["--tuned", "{run}", "--best_of", "0"], ["--best_of", "at least 1"]),
 }

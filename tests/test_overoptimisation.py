@@ -49,8 +49,8 @@ def test_the_report_of_a_sweep_names_where_each_reward_is_highest():
     assert [row[:3] for row in table.rows] == [
         ["reward", "PPO", found["reward"]["best"]],
         ["reward", "best-of-n", "–"],
-        ["judge (judge)", "PPO", found["judge"]["best"]],
-        ["judge (judge)", "best-of-n", "–"],
+        ["judge", "PPO", found["judge"]["best"]],
+        ["judge", "best-of-n", "–"],
     ]
     (picture,) = [picture for picture in pictures(results) if picture.name == "overoptimisation"]
     assert f"judge is highest at {found['judge']['best']}" in picture.description

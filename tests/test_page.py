@@ -119,7 +119,7 @@ def with_hostile_names(results: dict) -> int:
     """The same for the name of a reward, as a results file that this program did not write may have."""
     renamed = [results["rewards"], results["metrics"]["rewards"], results["pairs"]["rewards"]]
     renamed += [run["metrics"]["rewards"] for run in results["sweep"][:-1]]  # the last one's are the results'
-    renamed += [point["rewards"] for point in results["best_of_n"]["points"]]
+    renamed += [point["rewards"] for point in results["best_of_n"]["points"]] + [results["best_of_n"]["judges"]]
     renamed += [sample[role]["scores"] for sample in results["samples"] for role in ("base", "tuned")]
     for names in renamed:
         names[HOSTILE] = names.pop("judge")
@@ -224,15 +224,47 @@ def test_the_verdict_says_in_words_what_changed_and_whether_the_judge_agrees():
     for name, (base, tuned, low, high) in {"reward": (0.53, 0.98, 0.4, 0.5), "judge": (0.5, 0.4, -0.2, -0.1)}.items():
         metrics["rewards"][name]["share_positive"] |= {"base": {"mean": base}, "tuned": {"mean": tuned}}
         metrics["rewards"][name]["mean"]["difference"] |= {"low": low, "high": high}
-    first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
+    _, first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
     assert first == "By reward, 98 % of the tuned model's completions score above 0, 53 % of the base's."
-    assert second.startswith(
-        "The judge (judge), marked as one that training never saw, does not agree: 40 % of the tuned"
-    )
+    assert second.startswith("The judge, marked as one that training never saw, does not agree: 40 % of the tuned")
     metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": -0.1, "high": 0.1}
-    assert "never saw, sees no difference: " in verdict(results)[1]
+    assert "never saw, cannot tell the two apart on these prompts: " in verdict(results)[2]
     metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": 0.1, "high": 0.2}
-    assert "never saw, agrees: " in verdict(results)[1]
+    assert "never saw, agrees: " in verdict(results)[2]
+    assert "wrong way round" not in " ".join(verdict(results))
+    metrics["rewards"]["reward"]["mean"]["difference"] |= {"low": -0.2, "high": -0.1}
+    assert "wrong way round" in verdict(results)[2]
+
+
+@pytest.mark.parametrize(("n", "hint"), [(99, True), (100, False)])
+def test_the_verdict_begins_with_the_number_of_prompts_and_says_where_they_are_few(n, hint):
+    results = make_results()
+    results["prompts"]["n"] = n
+    first, *_ = verdict(results)
+    assert first.startswith(f"Measured on {n} prompts")
+    assert ("take all this as a hint" in first) is hint
+
+
+def test_a_win_rate_whose_interval_holds_one_half_is_not_praised():
+    results = make_results()
+    results["metrics"]["judged_base"] = {"tuned": {"mean": 0.57, "low": 0.45, "high": 0.69}}
+    for key in ("_lc", "_flips"):
+        results["metrics"][f"judged_base{key}"] = results["metrics"]["judged_base"]
+    assert "57\N{NO-BREAK SPACE}% of the time, which 40 prompts cannot tell from 50 %." in " ".join(verdict(results))
+    results["metrics"]["judged_base"]["tuned"]["low"] = 0.51
+    assert "of the time; 50 % would be no difference." in " ".join(verdict(results))
+
+
+def test_rouge_is_no_witness_of_a_run_that_was_rewarded_for_it():
+    results = make_results()
+    assert "ROUGE-1 against" in " ".join(verdict(results))
+    assert "no independent witness" not in " ".join(verdict(results))
+    results["training"]["curves"]["rewards/rouge1/mean"] = [[1, 0.1], [2, 0.2]]
+    assert "training logged it as a reward, so it is no independent witness" in " ".join(verdict(results))
+
+
+def test_several_runs_are_said_to_be_averaged():
+    assert "is a mean over 3 runs, which should differ in their seed alone" in verdict(make_runs_results())[1]
 
 
 def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
@@ -240,7 +272,7 @@ def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
     assert "exactly 0" not in " ".join(verdict(results))
     for sample in results["samples"][::2]:
         sample["base"]["scores"]["judge"] = 0.0
-    first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
+    _, first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
     assert "exactly 0" not in first
     assert second.endswith("(exactly 0: 0 % and 50 %).")
 
@@ -248,7 +280,7 @@ def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
 def test_the_verdict_names_every_reward_and_says_where_the_bases_language_is_poor():
     results = make_results()
     results["rewards"]["judge"]["judge"] = False
-    first, second, *_ = verdict(results)
+    _, first, second, *_ = verdict(results)
     assert first.startswith("By reward, ")
     assert second.startswith("By judge, ")
     assert "its language is poor" not in " ".join(verdict(results))
@@ -264,10 +296,11 @@ def test_best_of_n_is_compared_by_the_judge_too_and_on_the_same_prompts():
     *_, last = next(table for table in tables(results) if table.title == "Best-of-n").rows
     assert last[0].startswith("tuned")
     assert last[-1].startswith(mean)
-    picked = max(best["points"], key=lambda point: point["n"])
-    best["at_equal_kl"]["n"] = picked["n"]
-    assert f"By judge (judge): {mean} [" in sentences(results)[-1]
-    assert f"against {picked['rewards']['judge']['mean']:.3f}" in sentences(results)[-1]
+    for verdict_of_judge, words in {"ahead": "the tuned model is ahead", "level": "cannot be told apart"}.items():
+        best["judges"]["judge"]["verdict"] = verdict_of_judge
+        assert f"By judge, which picked nothing, {words}" in sentences(results)[-1].replace("the two ", "")
+    against = f"{best['judges']['judge']['best_of_n']['mean']:.3f}"
+    assert f"{mean} against {against} (difference " in sentences(results)[-1]
 
 
 def test_the_verdict_gives_means_where_every_score_is_on_one_side_of_0():
@@ -276,7 +309,7 @@ def test_the_verdict_gives_means_where_every_score_is_on_one_side_of_0():
         "share_positive": {"base": {"mean": 0.0}, "tuned": {"mean": 0.0}},
         "mean": {"base": {"mean": -14.24}, "tuned": {"mean": -8.06}, "difference": {"low": 5.0, "high": 7.0}},
     }
-    assert verdict(results)[0] == (
+    assert verdict(results)[1] == (
         "By reward, the tuned model's completions score -8.06 on average, and the base's -14.24."
     )
 

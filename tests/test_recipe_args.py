@@ -327,6 +327,21 @@ def test_what_this_machine_cannot_do_is_one_line_on_every_rank(error, said, monk
     assert said in line
 
 
+@pytest.mark.parametrize(("checkpoints", "words"), [([], "nothing was saved"), (["checkpoint-2"], "goes on from")])
+def test_ctrl_c_in_a_recipe_says_what_there_is_to_go_on_from(script, capsys, monkeypatch, tmp_path, checkpoints, words):
+    def main(script_args: ScriptArguments, training_args: RewardConfig, model_args: ModelConfig):
+        for name in checkpoints:
+            (Path(training_args.output_dir) / name).mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    script.with_suffix(".yaml").write_text(BASE + "dataset_name: x\n")
+    monkeypatch.setattr(sys, "argv", [str(script), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(main, str(script))
+    assert stopped.value.code == 130
+    assert words in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped, one_line_errors():
         raise KeyboardInterrupt

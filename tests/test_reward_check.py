@@ -325,7 +325,15 @@ def test_a_classifier_is_checked_as_a_function_is(command, classifier_path):
 def test_best_of_n_is_judged_by_another(command, gpt2_path, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the movie"}\n{"prompt": "a film"}\n{"prompt": "i"}\n')
     options = ["--base", gpt2_path, "--prompts", str(tmp_path / "prompts.jsonl"), "--max_new_tokens", "6"]
-    options += ["--judge", f"same={__name__}:length", "--judge", f"contrary={__name__}:brief", "--best_of", "2", "16"]
+    options += [
+        "--judge",
+        f"same={__name__}:length_again",
+        "--judge",
+        f"contrary={__name__}:brief",
+        "--best_of",
+        "2",
+        "16",
+    ]
     results = command(length, *options)
     points = results["best_of_n"]["points"]
     assert [point["n"] for point in points] == [1, 2, 16]
@@ -337,6 +345,10 @@ def test_best_of_n_is_judged_by_another(command, gpt2_path, tmp_path):
     assert "The best of 16 by it gains by the judge same: +" in results["verdict"]
     assert "loses by the judge contrary: -" in results["verdict"]
     assert "best of 16" in (tmp_path / "out" / "reward_check.md").read_text()
+
+
+def length_again(prompts, completions, **columns):
+    return length(prompts, completions, **columns)
 
 
 def brief(prompts, completions, **columns):

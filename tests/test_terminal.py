@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import logging as transformers_logging
 
 import terminal
-from command_line import RENAMED, parse
+from command_line import parse
 from conftest import ROOT
 from recipe_args import PPOArguments
 from rewards import check_signature
@@ -24,6 +24,7 @@ from test_recipes import RECIPES, YAMLS, name_of
 from trl_ppo import PPOConfig
 from trl_ppo.callbacks import RolloutProgress, StageProgress, curve
 from trl_ppo.inputs import UserError, first_line, not_finite
+from trl_ppo.settings import RENAMED
 
 # --- --help ---------------------------------------------------------------------------------------------------------
 

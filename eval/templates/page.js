@@ -59,6 +59,14 @@ function nextPrompt() {
   document.getElementById("blind-said").textContent = `${choices.length} chosen, ${rest}`;
 }
 
+// The 95 % interval of a share, after Wilson 1927.
+function wilson(wins, n) {
+  const z = 1.96;
+  const middle = wins + z * z / 2;
+  const reach = z * Math.sqrt(wins * (n - wins) / n + z * z / 4);
+  return [(middle - reach) / (n + z * z), (middle + reach) / (n + z * z)];
+}
+
 function choose(side) {
   if (!shown) return;
   if (side !== "") {
@@ -90,8 +98,10 @@ if (blind) {
   }
   document.getElementById("blind-show").addEventListener("click", () => {
     const wins = choices.filter((choice) => choice.source.startsWith("tuned")).length;
+    const [low, high] = wilson(wins, choices.length).map((share) => Math.round(100 * share));
     document.getElementById("blind-said").textContent =
-      `you took the tuned model's text ${wins} times in ${choices.length}, the base's ${choices.length - wins} times`;
+      `you took the tuned model's text ${wins} times in ${choices.length}, the base's ${choices.length - wins} times: ` +
+      `between ${low} and ${high} % (95 % interval)` + (low <= 50 && high >= 50 ? ", which does not tell them apart" : "");
   });
   document.addEventListener("keydown", (event) => {
     const typing = event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select");

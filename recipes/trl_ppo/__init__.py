@@ -2,10 +2,22 @@
 
 import importlib
 import logging
+import re
 from pathlib import Path
 
 # It warns when it is imported on a CPU, quantised model or not, that a kernel for 4 bits is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _warns_of_real_loss(record):
+    """False for the warning, on resuming, of missing weights that are there: the critic's have a file of their own, and
+    an output layer that is tied to the embedding is saved once."""
+    text = record.getMessage()
+    names = re.findall(r"'([^']+)'", text) if text.startswith("There were missing keys in the checkpoint") else []
+    return not names or not all(name.startswith("critic.") or name == "lm_head.weight" for name in names)
+
+
+logging.getLogger("transformers.trainer").addFilter(_warns_of_real_loss)
 
 FORMULAS = (
     "kl_estimate",
@@ -32,6 +44,10 @@ def __getattr__(name):
     if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{MODULE_OF[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
 
 
 def cpu_folder(device):

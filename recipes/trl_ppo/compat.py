@@ -160,6 +160,16 @@ class PPOTrainer(trainer.PPOTrainer):
         if eval_dataset is not None and args.num_sample_generations > 0:
             self.add_callback(ShowSamples(self))
 
+    @property
+    def policy_model(self):
+        """TRL 1.12's name of the policy."""
+        return self.policy
+
+    @property
+    def value_model(self):
+        """The critic: the model that was given, which is trained in place, or the value head on the policy."""
+        return self.policy.critic
+
     def _tokenize_prompts(self, prompts):
         """The parent's: token ids, images, other inputs. The ids are the dataset's own, whatever text they make."""
         return [prompt.ids for prompt in prompts], None, {}

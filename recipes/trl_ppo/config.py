@@ -16,7 +16,7 @@ from trl.import_utils import is_vllm_available
 from .critic import check_critic_file
 from .inputs import UserError, check_numbers
 from .loading import load_skeleton
-from .settings import PPOSettings, setting
+from .settings import RENAMED, PPOSettings, setting
 
 # GRPO's settings that mean nothing to PPO, each with what to do instead; a recipe's --help leaves them out.
 NOT_PPO = {
@@ -66,6 +66,15 @@ class PPOConfig(PPOSettings, GRPOConfig):
     beta: float = setting(1.0, "Not PPO's; non-zero, so that the parent loads the reference.")
 
     REFUSED: ClassVar[dict[str, str]] = NOT_PPO
+
+    def __new__(cls, *args, **given):  # before the TypeError of __init__, which names one unknown setting alone
+        known = {each.name for each in fields(cls) if each.init}
+        if unknown := [name for name in given if name not in known]:
+            now = [f"{name} ({RENAMED[name]} now)" if name in RENAMED else name for name in unknown]
+            raise TypeError(
+                f"{cls.__name__} has no setting {', '.join(now)}; trl_ppo.compat takes the names of TRL's old PPOConfig"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self):
         for each in fields(self):
@@ -135,6 +144,19 @@ class PPOConfig(PPOSettings, GRPOConfig):
             raise ValueError("generation_kwargs: stop_token_ids is vLLM's name; use eos_token_id, with vLLM or without")
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
+
+
+def check_given(given, others):
+    """UserError for an argument of `PPOTrainer` that is missing, or that TRL's old one had."""
+    missing = [name for name, value in given.items() if value is None]
+    if old := sorted({"ref_model", "reward_model", "value_model"} & {*others}):
+        raise UserError(
+            f"{', '.join(old)}: arguments of TRL's old PPOTrainer, which trl_ppo.compat takes; here the reference "
+            "is made of the policy, reward_funcs are functions or RewardModel(path), and the critic is a value head or "
+            "value_model_path"
+        )
+    if missing:
+        raise UserError(f"PPOTrainer needs {', '.join(missing)}")
 
 
 def check_arguments(model, args, train_dataset, others):

@@ -25,6 +25,7 @@ SAYS = {  # what is wrong, and what to change
     "other end": "{:.0%} of the completions contain {!r}, which is no end token here: if it ends an answer, set "
     "generation_kwargs: {{eos_token_id: {}}}",
     "constant": "every score of the first rollout is {:.4g}, nothing can be learnt from that: check rewards",
+    "idle reward": "reward {} is {:.4g} for every completion of the first rollout and has no say: see what it seeks",
     "score clip": "{:.0%} of the scores lie beyond ±{:g} and count the same: raise score_clip, or set score_norm: true",
     "blind": "reward {} is the same with the prompts swapped: raise reward_max_length, or train it on prompts",
     "length reward": "reward {} is little but length (correlation {:.2f}): train it on pairs of like length",
@@ -121,6 +122,9 @@ def look_at_scores(trainer):
     scores = (rewards * trainer.reward_weights.cpu()[:, None]).nansum(0)
     constant = scores.max() - scores.min() <= 1e-6 * max(1, scores.abs().max())
     yield "constant", constant, scores[0]
+    apart = rewards.nan_to_num().max(1).values - rewards.nan_to_num().min(1).values
+    for name, weight, spread, values in zip(names, trainer.reward_weights.tolist(), apart, rewards, strict=True):
+        yield "idle reward", weight and not constant and spread == 0, name, values[0]
     limit = math.inf if args.score_clip is None or args.score_norm else args.score_clip
     beyond = (scores.abs() >= limit).float().mean().item()
     yield "score clip", beyond > 0.9, beyond, limit

@@ -133,7 +133,10 @@ def reward_failures(name: str, where: str = ""):
         frame = frames[-1]
         said = f"{type(error).__name__}: {first_line(error)} ({Path(frame.filename).name}, line {frame.lineno})"
         if isinstance(error, TypeError) and len(frames) < 3:  # it was not entered
-            said = f"{first_line(error)}; what it needs besides prompts and completions must be a column of the dataset"
+            said = (
+                f"{first_line(error)}; a reward is f(prompts, completions, **columns), and what it needs besides must "
+                "be a column of the dataset"
+            )
         raise ScoreError(f"reward function {name!r} failed{where}: {said}") from error
 
 

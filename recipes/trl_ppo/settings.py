@@ -2,6 +2,24 @@
 
 from dataclasses import dataclass, field
 
+# Settings of TRL's removed PPO trainers that have another name now.
+RENAMED = {
+    "num_ppo_epochs": "num_iterations",
+    "ppo_epochs": "num_iterations",
+    "batch_size": "per_device_train_batch_size",
+    "local_rollout_forward_batch_size": "per_device_train_batch_size",
+    "response_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "stop_token": "generation_kwargs",
+    "stop_token_id": "generation_kwargs",
+    "sft_model_path": "model_name_or_path",
+    "reward_model_path": "reward_model",
+    "cliprange": "epsilon",
+    "init_kl_coef": "kl_coef",
+    "exp_name": "run_name",
+    "num_sample_generations": "eval_steps",
+}
+
 
 def setting(default, help, **metadata):
     """A field of the config with its text for --help."""

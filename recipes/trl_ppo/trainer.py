@@ -25,7 +25,7 @@ from trl.trainer.utils import use_adapter
 from . import cpu_folder, formulas
 from .callbacks import RunningMean, StopOnSignal, add_callbacks, now
 from .checkpoints import checkpoint_to_resume, files_beside_the_policy, load_state, save_state
-from .config import PPOConfig, check_arguments
+from .config import PPOConfig, check_arguments, check_given
 from .critic import attach_critic, critic_weights, drop_policy_gradients, split_group
 from .inputs import ScoreError, UserError, check_lengths, not_finite
 from .loading import check_usable
@@ -49,7 +49,10 @@ class PPOTrainer(GRPOTrainer):
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
     _paper: ClassVar[dict[str, str]] = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
-    def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset, **kwargs):
+    def __init__(self, model=None, reward_funcs=None, args: PPOConfig = None, train_dataset=None, **kwargs):
+        check_given(
+            {"model": model, "reward_funcs": reward_funcs, "args": args, "train_dataset": train_dataset}, kwargs
+        )
         check_arguments(model, args, train_dataset, kwargs)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(model, [with_finite_scores(f, args) for f in reward_funcs], args, train_dataset, **kwargs)
