@@ -572,8 +572,7 @@ BAD_CHECKS = {  # rows of the pairs, options that replace those in order, what i
     "the judge is the reward": (PAIRS, ["--judge", LETTERS], "the name 'x' is taken"),
     "cuts the wrong way round": (
         PAIRS,
-        ["--judge", f"y={__name__}:breaks_on_nothing", "--base", "{gpt2}", "--prompts", "{pairs}"]
-        + ["--prompt_tokens", "3", "2"],
+        [f"--judge=y={__name__}:breaks_on_nothing", "--base={gpt2}", "--prompts={pairs}", "--prompt_tokens", "3", "2"],
         "--prompt_tokens 3 2: MIN is above MAX",
     ),
     "a reward that breaks": (PAIRS, ["--reward", f"x={__name__}:breaks_on_nothing"], "'x, an empty text' failed"),
