@@ -14,12 +14,7 @@ def verdict(results: dict) -> list[str]:
     judges = [name for name in metrics["rewards"] if results["rewards"][name].get("judge")]
     trained = [name for name in metrics["rewards"] if name not in judges]
     n = results["prompts"]["n"]
-    found = [f"Measured on {n} prompts" + (", which are few: take all this as a hint." if n < FEW else ".")]
-    if results["kind"] == "runs":
-        found.append(
-            f"Each figure of the tuned model is a mean over {len(results['runs'])} runs, which should differ in their "
-            "seed alone."
-        )
+    found = []
     if trained:
         found += [f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}." for name in trained]
         if _way(metrics["rewards"][trained[0]]["mean"]["difference"]) < 0:
@@ -29,6 +24,12 @@ def verdict(results: dict) -> list[str]:
             found.append(f"{says}{_ties(results, name)}.")
     else:
         found += [f"{_change(name, metrics['rewards'][name])}; it is marked as a judge." for name in judges]
+    found[0] = f"On {n} prompts, b{found[0][1:]}"  # it begins with "By"
+    if n < FEW:
+        found.insert(1, f"{n} prompts are few: take all of this as a hint.")
+    if results["kind"] == "runs":
+        runs = f"a mean over {len(results['runs'])} runs, which should differ in their seed alone"
+        found.append(f"Each figure of the tuned model is {runs}.")
     if "judged_base" in metrics:
         share = metrics["judged_base"]["tuned"]
         unsure = share["low"] is not None and share["low"] <= 0.5 <= share["high"]

@@ -224,8 +224,8 @@ def test_the_verdict_says_in_words_what_changed_and_whether_the_judge_agrees():
     for name, (base, tuned, low, high) in {"reward": (0.53, 0.98, 0.4, 0.5), "judge": (0.5, 0.4, -0.2, -0.1)}.items():
         metrics["rewards"][name]["share_positive"] |= {"base": {"mean": base}, "tuned": {"mean": tuned}}
         metrics["rewards"][name]["mean"]["difference"] |= {"low": low, "high": high}
-    _, first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
-    assert first == "By reward, 98 % of the tuned model's completions score above 0, 53 % of the base's."
+    first, _, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
+    assert first == "On 40 prompts, by reward, 98 % of the tuned model's completions score above 0, 53 % of the base's."
     assert second.startswith("The judge, marked as one that training never saw, does not agree: 40 % of the tuned")
     metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": -0.1, "high": 0.1}
     assert "never saw, cannot tell the two apart on these prompts: " in verdict(results)[2]
@@ -240,9 +240,9 @@ def test_the_verdict_says_in_words_what_changed_and_whether_the_judge_agrees():
 def test_the_verdict_begins_with_the_number_of_prompts_and_says_where_they_are_few(n, hint):
     results = make_results()
     results["prompts"]["n"] = n
-    first, *_ = verdict(results)
-    assert first.startswith(f"Measured on {n} prompts")
-    assert ("take all this as a hint" in first) is hint
+    first, second, *_ = verdict(results)
+    assert first.startswith(f"On {n} prompts, by reward, ")
+    assert (second == f"{n} prompts are few: take all of this as a hint.") is hint
 
 
 def test_a_win_rate_whose_interval_holds_one_half_is_not_praised():
@@ -264,7 +264,7 @@ def test_rouge_is_no_witness_of_a_run_that_was_rewarded_for_it():
 
 
 def test_several_runs_are_said_to_be_averaged():
-    assert "is a mean over 3 runs, which should differ in their seed alone" in verdict(make_runs_results())[1]
+    assert "is a mean over 3 runs, which should differ in their seed alone" in " ".join(verdict(make_runs_results()))
 
 
 def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
@@ -272,7 +272,7 @@ def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
     assert "exactly 0" not in " ".join(verdict(results))
     for sample in results["samples"][::2]:
         sample["base"]["scores"]["judge"] = 0.0
-    _, first, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
+    first, _, second, *_ = (text.replace("\N{NO-BREAK SPACE}", " ") for text in verdict(results))
     assert "exactly 0" not in first
     assert second.endswith("(exactly 0: 0 % and 50 %).")
 
@@ -280,8 +280,8 @@ def test_the_verdict_says_how_many_scores_are_exactly_0_where_they_are_many():
 def test_the_verdict_names_every_reward_and_says_where_the_bases_language_is_poor():
     results = make_results()
     results["rewards"]["judge"]["judge"] = False
-    _, first, second, *_ = verdict(results)
-    assert first.startswith("By reward, ")
+    first, _, second, *_ = verdict(results)
+    assert first.startswith("On 40 prompts, by reward, ")
     assert second.startswith("By judge, ")
     assert "its language is poor" not in " ".join(verdict(results))
     results["metrics"]["perplexity"]["base"]["mean"] = 168.0
@@ -309,8 +309,8 @@ def test_the_verdict_gives_means_where_every_score_is_on_one_side_of_0():
         "share_positive": {"base": {"mean": 0.0}, "tuned": {"mean": 0.0}},
         "mean": {"base": {"mean": -14.24}, "tuned": {"mean": -8.06}, "difference": {"low": 5.0, "high": 7.0}},
     }
-    assert verdict(results)[1] == (
-        "By reward, the tuned model's completions score -8.06 on average, and the base's -14.24."
+    assert verdict(results)[0] == (
+        "On 40 prompts, by reward, the tuned model's completions score -8.06 on average, and the base's -14.24."
     )
 
 
