@@ -153,12 +153,11 @@ class LanguageModel:
         self.tokenizer, self.positions = load_tokenizer(self.path), positions_of(config)
         versions = describe_versions()
         self.source = describe_model(self.path, config) | {name: versions[name] for name in ("torch", "transformers")}
-        chat = bool(
-            self.tokenizer.chat_template
-        )  # which ends where the reply begins; a plain text goes on with a space
+        chat = bool(self.tokenizer.chat_template)  # ends where the reply begins; a plain text goes on with a space
         self.letters = [self._ids(letter if chat else f" {letter}", False) for letter in "AB"]
         if self.letters[0] == self.letters[1]:
             raise UserError(f"{OPTION} {self.path}: its tokenizer does not tell A from B")
+        self._prompt(("", "", ""))  # now, where nothing fits its positions
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]

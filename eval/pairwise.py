@@ -85,6 +85,7 @@ class PairwiseJudge:
         server, function = re.match("https?://", args.pairwise_judge), FUNCTION.fullmatch(args.pairwise_judge)
         self.judge = (Server if server else Function if function else LanguageModel)(args, self.template)
         path = str(args.judge_prompt or TEMPLATE.name)
+        print(f"pairwise judge: {args.pairwise_judge}, asked by the prompt {path} (--judge_prompt)")
         self.prompt = {"path": path, "sha256": hashlib.sha256(self.template.encode()).hexdigest()}
         fingerprint = {"judge": self.judge.source, "prompt": self.prompt["sha256"]}
         self.log = AnswerLog(args.output / "answers.jsonl", fingerprint, args.overwrite)
