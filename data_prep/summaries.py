@@ -85,7 +85,7 @@ def make_row(row: dict, target: str = "summary") -> dict:
         prompt, summary = f"{text_of(row, 'dialogue').strip()}\n\nTL;DR:", text_of(row, "summary")
     else:
         prompt, summary = text_of(row, "prompt").rstrip(), text_of(row, "completion")
-    if target == "title":
+    if target == "title" and not prompt.endswith("TITLE:"):  # such a row has its title as completion already
         parts = PROMPT.fullmatch(prompt)
         if not parts:
             raise Malformed("prompt is not in the form SUBREDDIT:, TITLE:, POST:, TL;DR:")

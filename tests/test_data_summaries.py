@@ -77,6 +77,14 @@ def test_the_title_becomes_what_is_to_be_written_and_the_prompt_holds_it_no_long
     assert row["prompt"].endswith("\n\nTITLE:")
 
 
+def test_a_source_whose_completions_are_titles_may_be_asked_for_titles_too(source, tmp_path):
+    ready = [post(n, prompt=f"SUBREDDIT: r/cats\n\nPOST: Number {n} purrs.\n\nTITLE:") for n in range(300, 420)]
+    run(summaries.main, *source(train=ready), "--target", "title")
+    rows = [row for row in rows_of(tmp_path / "out" / "sft" / "train.jsonl") if "Number" in row["prompt"]]
+    assert rows
+    assert {row["completion"] for row in rows} <= {f" {summary_of(n)}" for n in range(300, 420)}
+
+
 def test_dialogsums_own_columns_become_a_prompt(tmp_path):
     rows = [{"dialogue": f"#Person1#: Hello {n}.\n#Person2#: Good bye.", "summary": summary_of(n)} for n in range(240)]
     write_rows(tmp_path / "in" / "train.jsonl", rows[:200])
