@@ -49,7 +49,7 @@ def check_model(key: str, path: str | None, head: str | None = None):
         raise UserError(f"{key}: {path!r}: no model can be loaded from there: {first_line(error)}") from error
 
 
-LOADERS = {".csv": "csv", ".parquet": "parquet", ".txt": "text"}  # of single files; others are JSONL
+LOADERS = {".csv": "csv", ".csv.gz": "csv", ".parquet": "parquet", ".txt": "text"}  # of single files; others are JSONL
 
 
 def load_split(path: str, split: str, columns=(), config: str | None = None, key: str = "dataset_name"):
@@ -65,7 +65,8 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
     where = f"{key}: {path!r}"
     files = {"path": path, "name": config}
     if Path(path).is_file():
-        files = {"path": LOADERS.get(Path(path).suffix, "json"), "data_files": {split: path}}
+        loader = next((loader for end, loader in LOADERS.items() if path.lower().endswith(end)), "json")
+        files = {"path": loader, "data_files": {split: path}}
     try:
         dataset = datasets.load_dataset(**files, split=split)
         if files["path"] == "text" and columns:  # a row a line, whatever the one column is to be called

@@ -448,6 +448,21 @@ def test_data_that_was_not_made_yet_names_the_command_that_makes_it(script, name
     assert (ROOT / command.split()[1]).is_file()
 
 
+@pytest.mark.parametrize("ending", [".txt", ".csv", ".csv.gz", ".jsonl"])
+def test_a_single_file_is_read_by_its_ending(tmp_path, ending):
+    texts = ["one film, two reviews", "the end"]
+    rows = {
+        ".txt": "\n".join(texts),
+        ".csv": "prompt\n" + "\n".join(f'"{text}"' for text in texts),
+        ".jsonl": "\n".join(json.dumps({"prompt": text}) for text in texts),
+    }
+    path = tmp_path / f"prompts{ending}"
+    opener = gzip.open if ending.endswith(".gz") else open
+    with opener(path, "wt") as stream:
+        stream.write(rows[ending.removesuffix(".gz")])
+    assert list(load_split(str(path), "test", ["prompt"])["prompt"]) == texts
+
+
 def test_an_unreachable_hub_is_one_line_with_the_mend():
     with pytest.raises(UserError, match=r"'no-org/no-data'.*on the Hub.*give the path of a local folder") as error:
         load_split("no-org/no-data", "train")
