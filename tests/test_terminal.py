@@ -373,3 +373,15 @@ def test_a_loss_that_is_no_number_says_what_to_change_and_a_message_is_not_cut_a
     assert first_line(ValueError("errors in GPT2:\n\tsize mismatch\nmore")) == "errors in GPT2: size mismatch"
     assert first_line(ValueError("\none\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
+
+
+MISSING = "There were missing keys in the checkpoint model loaded: {}."
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [(["critic.head.weight", "lm_head.weight"], False), (["critic.head.weight", "h.0.mlp.weight"], True)],
+)
+def test_weights_that_a_resumed_run_finds_elsewhere_are_not_said_to_be_missing(names, shown):
+    said = logging.LogRecord("transformers.trainer", logging.WARNING, "", 0, MISSING.format(names), None, None)
+    assert bool(logging.getLogger("transformers.trainer").filter(said)) is shown
