@@ -72,20 +72,24 @@ def tuned_on_its_prompts(results: dict) -> dict[str, dict]:
     return {name: interval(np.array(each), seed=results["seed"]) for name, each in values.items()}
 
 
-def verdict_sentence(found: dict, reward: str) -> str:
-    """What `compare_at_equal_kl` found, in a sentence."""
-    scores = f"{found['tuned']['mean']:.3f} against {found['best_of_n']['mean']:.3f}"
-    difference = "difference {mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found["difference"])
-    if found["equal_kl"]:
-        where = f"best-of-n at an equal KL of {found['kl']:.2f} nats (n ≈ {found['n']})"
-    else:
-        where = (
-            f"best-of-{found['n']}, whose KL of at most {kl_bound(found['n']):.2f} nats is below its {found['kl']:.2f}"
-        )
-    verb = {
-        "ahead": f"The tuned model beats {where}",
-        "behind": f"The tuned model loses to {where}",
-        "level": f"The tuned model cannot be told from {where}",
+def verdict_sentence(found: dict, by: str) -> str:
+    """What `compare_at_equal_kl` found by the reward or judge that `by` describes, in a sentence."""
+    best = f"best-of-n at the same KL (n ≈ {found['n']})" if found["equal_kl"] else f"best-of-{found['n']}"
+    who = {
+        "ahead": f"the tuned model is ahead of {best}",
+        "behind": f"{best} is ahead of the tuned model",
+        "level": f"the tuned model and {best} cannot be told apart",
     }[found["verdict"]]
-    judged = f"by {reward}, which picked its samples"
-    return f"{verb} {judged}: mean {scores} ({difference}, n = {found['difference']['n']})."
+    difference = "{mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {n}".format(**found["difference"])
+    means = f"{found['tuned']['mean']:.3f} tuned, {found['best_of_n']['mean']:.3f} best-of-n"
+    return f"By {by}, {who}: {means}, difference {difference}."
+
+
+def distance_sentence(found: dict) -> str:
+    """How far from the base the two that were compared are."""
+    if found["equal_kl"]:
+        return f"Both are {found['kl']:.2f} nats from the base."
+    return (
+        f"Best-of-{found['n']} stays within {kl_bound(found['n']):.2f} nats of the base; the tuned model is "
+        f"{found['kl']:.2f} from it."
+    )

@@ -132,6 +132,7 @@ def _score_against_kl(results: dict, name: str) -> Picture:
     spread = f"log ratio {min(kl):.2f} to {max(kl):.2f} nats, score {min(scores):.2f} to {max(scores):.2f}"
     description = f"Each of {len(sides)} tuned samples by its log-ratio and its score by {name}: {spread}."
     caption = f"Score by {label_of(results, name)} against log π_tuned − log π_base, a dot a sample"
+    caption += "; far right is text that the base would hardly write"
     return _picture(figure, f"kl-{name}", caption, description)
 
 
@@ -170,7 +171,7 @@ def _frontier(results: dict) -> Picture:
         places.append(f"{reward}: " + "; ".join(said))
     _legend(figure)
     what = "the runs" if results["kind"] == "runs" else "the checkpoints" if results["sweep"] else "the tuned model"
-    what += f" and best-of-n of the base{on_which}, picked by {best['reward']}" if best else ""
+    what += f" and best-of-n of the base{on_which}; {best['reward']} picked its samples" if best else ""
     shown = ", ".join(label_of(results, name) for name in names)
     return _picture(figure, "frontier", f"{shown} against KL: {what}", ". ".join(places) + ".")
 
@@ -228,7 +229,9 @@ def _training(training: dict) -> Picture:
             axes.set_xlabel("step")
     ends = ", ".join(f"{name} {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in curves.items())
     description = f"Curves over training steps, first to last value: {ends}."
-    return _picture(figure, "training", f"Training, from {training['source']}", description)
+    healthy = "healthy: score and KL rise and level off, entropy stays well above 0, explained variance rises above 0"
+    caption = f"Training, from {training['source']}; {healthy} (sick ones: recipes/guides/tune_ppo.md)"
+    return _picture(figure, "training", caption, description)
 
 
 def _runs(results: dict, label: str, metric_of: Callable[[dict], dict], name: str) -> Picture:

@@ -97,7 +97,7 @@ WORDS = {  # what a report speaks of, for someone who has nothing but the report
     "prompts do not tell the two apart. It says nothing about another training seed",
     "best-of-n": "of n completions of the base, the one that the reward likes best: no training, n times the sampling",
     "step": "one update of the weights; a rollout (sampling and scoring new completions) comes before several of them",
-    "β": "kl_coef, what PPO pays in score for a nat of KL; it may be adjusted during training",
+    "β": "kl_coef, what PPO pays in score for a nat of KL; with a kl_target it moves until KL is there",
     "entropy": "how many ways the model sees to go on, in nats; a slow fall is healthy, a collapse to 0 is not",
     "critic, explained variance": "the critic predicts the score during a completion; its explained variance is 1 "
     "where it is right, 0 where it knows no more than the mean, below 0 where it is worse; it should rise above 0",

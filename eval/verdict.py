@@ -1,6 +1,6 @@
 """What a comparison found, in words: first for someone who reads a report for the first time, then with intervals."""
 
-from eval.best_of_n import verdict_sentence
+from eval.best_of_n import distance_sentence, verdict_sentence
 from eval.tables import estimate_text, label_of
 
 SURPRISING = 100  # a base's perplexity on its own samples above which its language is poor
@@ -16,7 +16,11 @@ def verdict(results: dict) -> list[str]:
     n = results["prompts"]["n"]
     found = []
     if trained:
-        found += [f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}." for name in trained]
+        for name in trained:
+            unsure = (
+                "" if _way(metrics["rewards"][name]["mean"]["difference"]) else "; these prompts do not tell them apart"
+            )
+            found.append(f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}{unsure}.")
         if _way(metrics["rewards"][trained[0]]["mean"]["difference"]) < 0:
             found.append("The reward fell: are base and tuned the wrong way round?")
         for name in judges:
@@ -39,14 +43,14 @@ def verdict(results: dict) -> list[str]:
             + (f", which {n} prompts cannot tell from 50 %." if unsure else "; 50 % would be no difference.")
         )
     kl = metrics["kl"]["tuned"]["mean"]
-    found.append(f"The tuned model is {kl:.1f} nats (KL per completion) from where it started.")
+    found.append(f"The tuned model is {kl:.1f} nats (KL per completion) from the base.")
     if "rouge1" in metrics:
         base, tuned = _means(metrics["rouge1"])
         logged = "rewards/rouge1/mean" in (results.get("training") or {}).get("curves", {})
         seen = "; training logged it as a reward, so it is no independent witness" if logged else ""
         found.append(f"ROUGE-1 against the references goes from {100 * base:.1f} to {100 * tuned:.1f}{seen}.")
     found += _warnings(metrics, results["settings"]["max_new_tokens"])
-    seeds = "" if results["kind"] == "runs" else " It is one training run: another seed may end elsewhere."
+    seeds = "" if results["kind"] == "runs" else " It is one model: another training seed may end elsewhere."
     return [*found, f"Nothing here measures grammar or sense: read the samples.{seeds}"]
 
 
@@ -146,35 +150,28 @@ def sentences(results: dict) -> list[str]:
             f"{estimate_text(win_rate)}, at equal length {estimate_text(controlled)}; flip rate {estimate_text(flips)}."
         )
     if results["best_of_n"] and results["best_of_n"]["at_equal_kl"]:
-        found.append(
-            verdict_sentence(results["best_of_n"]["at_equal_kl"], results["best_of_n"]["reward"])
-            + _judges_on_best_of_n(results)
-            + " (Best-of-n trains nothing: it samples n completions of the base for each prompt and keeps the one that "
-            "the reward likes best.)"
-        )
+        found.append(" ".join(_on_best_of_n(results, results["best_of_n"])))
     return found
 
 
-def _judges_on_best_of_n(results: dict) -> str:
-    """The same by each judge, which picked nothing: best-of-n is flattered by the reward that it picks by."""
-    verbs = {"ahead": "the tuned model is ahead", "behind": "it is behind", "level": "the two cannot be told apart"}
-    said = ""
-    for judge, found in results["best_of_n"].get("judges", {}).items():
-        means = f"{found['tuned']['mean']:.3f} against {found['best_of_n']['mean']:.3f}"
-        difference = f"(difference {estimate_text(found['difference'], '+')})"
-        said += (
-            f" By {label_of(results, judge)}, which picked nothing, {verbs[found['verdict']]}: {means} {difference}."
-        )
-    return said
+def _on_best_of_n(results: dict, best: dict) -> list[str]:
+    """Best-of-n beside the tuned model: by the reward that picked it, which flatters it, and by each judge."""
+    return [
+        verdict_sentence(best["at_equal_kl"], f"{best['reward']}, which picked best-of-n's samples"),
+        *(
+            verdict_sentence(found, f"{label_of(results, judge)}, which picked nothing")
+            for judge, found in best.get("judges", {}).items()
+        ),
+        distance_sentence(best["at_equal_kl"]),
+        "(Best-of-n trains nothing: it samples n completions of the base for each prompt, at every use, and keeps the "
+        "one that the reward likes best.)",
+    ]
 
 
 def _reward_sentence(results: dict, name: str, mean: dict) -> str:
-    difference = mean["difference"]
+    difference, by = mean["difference"], f"By {label_of(results, name)}"
+    means = f"the base's mean is {mean['base']['mean']:z.3f} and the tuned model's {mean['tuned']['mean']:z.3f}"
+    differs = {1: "higher", -1: "lower", 0: "cannot be told apart"}[_way(difference)]
     if difference["low"] is None:
-        differs = "differs, by one run"
-    else:
-        differs = {1: "rises", -1: "falls", 0: "cannot be told apart"}[_way(difference)]
-    return (
-        f"By {label_of(results, name)} the mean {differs}, from the base's {mean['base']['mean']:z.3f} to the tuned "
-        f"model's {mean['tuned']['mean']:z.3f}: difference {estimate_text(difference, '+')}."
-    )
+        differs = "by one run"
+    return f"{by} {means}, {differs}: difference {estimate_text(difference, '+')}."

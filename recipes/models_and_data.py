@@ -18,6 +18,8 @@ def check_path(key: str, path: str | None) -> None:
     made_by = {f"data/{script.stem}": script.name for script in sorted(HERE.parent.glob("data_prep/*.py"))}
     folder = max((name for name in made_by if Path(path).as_posix().startswith(name)), key=len, default=None)
     advice = f"make it with: python data_prep/{made_by[folder]}" if folder else "make it first, or give a Hub id"
+    if (parent := Path(path).parent).is_dir() and parent != Path("."):
+        advice += f"; {parent} holds {', '.join(sorted(each.name for each in parent.iterdir())[:8]) or 'nothing'}"
     raise UserError(f"{key}: {path!r} does not exist: {advice}")
 
 
@@ -70,13 +72,15 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
     try:
         dataset = datasets.load_dataset(**files, split=split)
         if files["path"] == "text" and columns:  # a row a line, whatever the one column is to be called
-            dataset = dataset.rename_column("text", columns[0])
+            dataset = dataset.filter(lambda row: row["text"].strip()).rename_column("text", columns[0])
     except ConnectionError as error:
         raise UserError(f"{where}: {first_line(error)}; connect, or give the path of a local folder") from error
     except StopIteration as error:  # what datasets raises for a file without a single row
         raise UserError(f"{where}: split {split!r} has no rows") from error
     except Exception as error:  # a file of the user's may be wrong in any way
         cause = f": {first_line(error.__cause__)}" if error.__cause__ else ""
+        within = sorted(file.parent.as_posix() for file in Path(path).glob(f"*/{split}.jsonl"))
+        cause += f"; it holds datasets of its own, name one: {', '.join(within)}" if within else ""
         raise UserError(f"{where}: {first_line(error)}{cause}") from error
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:

@@ -195,7 +195,7 @@ def test_a_tuned_model_loses_wins_or_cannot_be_told_from_best_of_n():
     sentence = best_of_n.verdict_sentence(
         best_of_n.compare_at_equal_kl(picked, best - 1, best_of_n.kl_bound(4), [8], 0), "x"
     )
-    assert "loses to best-of-n at an equal KL" in sentence
+    assert "By x, best-of-n at the same KL (n ≈ 4) is ahead of the tuned model: " in sentence
 
 
 def test_beyond_the_largest_n_there_is_no_equal_kl_and_the_sentence_says_so():
@@ -203,7 +203,10 @@ def test_beyond_the_largest_n_there_is_no_equal_kl_and_the_sentence_says_so():
     found = best_of_n.compare_at_equal_kl(picked, picked.max(1) - 1, 20.0, [8], 0)
     assert not found["equal_kl"]
     assert found["best_of_n"]["mean"] == pytest.approx(picked.max(1).mean())
-    assert "loses to best-of-8" in best_of_n.verdict_sentence(found, "x")
+    assert "best-of-8 is ahead of the tuned model" in best_of_n.verdict_sentence(found, "x")
+    assert "Best-of-8 stays within 1.20 nats of the base; the tuned model is 20.00" in best_of_n.distance_sentence(
+        found
+    )
 
 
 def test_a_judge_compares_what_the_reward_picked():
