@@ -17,9 +17,8 @@ def verdict(results: dict) -> list[str]:
     found = []
     if trained:
         for name in trained:
-            unsure = (
-                "" if _way(metrics["rewards"][name]["mean"]["difference"]) else "; these prompts do not tell them apart"
-            )
+            sure = _way(metrics["rewards"][name]["mean"]["difference"]) != 0
+            unsure = "" if sure else "; these prompts do not tell them apart"
             found.append(f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}{unsure}.")
         if _way(metrics["rewards"][trained[0]]["mean"]["difference"]) < 0:
             found.append("The reward fell: are base and tuned the wrong way round?")
