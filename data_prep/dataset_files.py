@@ -25,7 +25,8 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # a script is run by its path
 
 from command_line import OneLineParser
-from trl_ppo.inputs import looks_local
+from models_and_data import check_csv
+from trl_ppo.inputs import UserError, looks_local
 
 SUFFIXES = {"json": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",), "csv": (".csv", ".csv.gz")}
 SHUFFLE_BUFFER = 1_000  # rows of a streamed source that are held in memory to draw from
@@ -156,6 +157,11 @@ def load_files(source: Source, loader: str, paths: Sequence[str]):
     if loader == "json":
         return JsonLines(load(named, path="text", **options), named, columns)
     if loader == "csv":
+        try:
+            for path in paths:
+                check_csv(f"{source.option} {source.name}", path, options.get("sep", ","))
+        except UserError as error:
+            raise SystemExit(str(error)) from None
         options["features"] = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
         options |= {"keep_default_na": False, "na_filter": False}  # a review that says NA is a review
     return load(named, path=loader, **options)

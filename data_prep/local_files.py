@@ -45,6 +45,7 @@ from dataset_files import (
     both_sides,
     check_columns,
     count,
+    digest,
     folder,
     load_files,
     normalise,
@@ -157,6 +158,7 @@ def pair_up(rows: Iterable[tuple], column: str, good: list, bad: list | None, re
         SystemExit: no text has one of the labels of a side; one line with the labels that there are.
     """
     waiting: dict[tuple[str, str, bool], list[str]] = {}
+    known: set[bytes] = set()
     labels: Counter[str] = Counter()
     for kind, side, row in rows:
         label = "" if row[column] is None else str(row[column]).strip()
@@ -164,7 +166,13 @@ def pair_up(rows: Iterable[tuple], column: str, good: list, bad: list | None, re
         is_good = label in good
         if not label or not (is_good or bad is None or label in bad):
             reader.leave_out(f"{side}: {column} is {label or 'empty'}")
-        elif others := waiting.get((kind, side, not is_good)):
+            continue
+        text = digest(normalise(row["text"]))
+        if text in known:
+            reader.leave_out(f"{side}: the same text with another {column}")
+            continue
+        known.add(text)
+        if others := waiting.get((kind, side, not is_good)):
             texts = row["text"], others.pop()
             chosen, rejected = texts if is_good else texts[::-1]
             yield kind, side, {"chosen": chosen, "rejected": rejected}
@@ -185,10 +193,10 @@ def pair_up(rows: Iterable[tuple], column: str, good: list, bad: list | None, re
 
 
 def share_out(rows: Iterable[tuple[str, dict]], kind: str, judge_share: float | None, seed: int) -> Iterator[tuple]:
-    """(kind, side, row): those of train are the judge's, "judge_pairs", with that chance."""
-    rng = random.Random(seed)
+    """(kind, side, row): those of train are the judge's, "judge_pairs", with that chance; one text is always one's."""
     for side, row in rows:
-        for_judge = judge_share and side == "train" and rng.random() < judge_share
+        key = normalise(row.get("prompt") or row.get("text") or row["chosen"])
+        for_judge = judge_share and side == "train" and random.Random(f"{seed}/{key}").random() < judge_share
         yield "judge_pairs" if for_judge else kind, side, row
 
 

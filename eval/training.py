@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 MOST_POINTS = 400  # of a curve: more cannot be seen
@@ -22,6 +23,7 @@ CURVES = {  # in the order in which they are shown, where a run has them; with t
     "loss": "loss",
 }
 MOST_CURVES = 8
+REWARD = re.compile(r"rewards/[^/]+(/mean)?")  # PPO's and TRL's own name of a reward function's mean
 
 
 def read_curves(path: str) -> dict | None:
@@ -46,7 +48,8 @@ def read_curves(path: str) -> dict | None:
 
 def _curves(history: list[dict]) -> dict[str, list[list[float]]]:
     names = [name for name in CURVES if any(name in row for row in history)]
-    rewards = sorted({name for row in history for name in row if name.startswith("rewards/") and name.endswith("mean")})
+    rewards = sorted({name for row in history for name in row if REWARD.fullmatch(name)})
+    rewards = rewards if len(rewards) > 1 else []  # a single one is the score
     found = {}
     for name in [*names[:2], *rewards, *names[2:]][:MOST_CURVES]:
         points = [[row["step"], row[name]] for row in history if _is_number(row.get(name)) and "step" in row]

@@ -45,7 +45,8 @@ def verdict(results: dict) -> list[str]:
     found.append(f"The tuned model is {kl:.1f} nats (KL per completion) from the base.")
     if "rouge1" in metrics:
         base, tuned = _means(metrics["rouge1"])
-        logged = "rewards/rouge1/mean" in (results.get("training") or {}).get("curves", {})
+        curves = (results.get("training") or {}).get("curves", {})
+        logged = {"rewards/rouge1", "rewards/rouge1/mean"} & curves.keys()
         seen = "; training logged it as a reward, so it is no independent witness" if logged else ""
         found.append(f"ROUGE-1 against the references goes from {100 * base:.1f} to {100 * tuned:.1f}{seen}.")
     found += _warnings(metrics, results["settings"]["max_new_tokens"])

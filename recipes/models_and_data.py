@@ -1,5 +1,7 @@
 """What recipes and evaluation load alike: models and datasets, by Hub id or folder, checked before they are loaded."""
 
+import csv
+import gzip
 import random
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,21 @@ def check_model(key: str, path: str | None, head: str | None = None):
 LOADERS = {".csv": "csv", ".csv.gz": "csv", ".parquet": "parquet", ".txt": "text"}  # of single files; others are JSONL
 
 
+def check_csv(where: str, path: str, separator: str = ",") -> None:
+    """UserError for a row with more fields than the header has: pandas would take its first one for an index."""
+    csv.field_size_limit(2**31 - 1)
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        header = next(rows, [])
+        for row in rows:
+            if len(row) > len(header):
+                raise UserError(
+                    f"{where}: line {rows.line_num} of {path} has {len(row)} fields, the header {len(header)}: put "
+                    f"texts that contain {separator!r} in quotation marks"
+                )
+
+
 def load_split(path: str, split: str, columns=(), config: str | None = None, key: str = "dataset_name"):
     """One split of a Hub dataset, of a local folder of {train,test}.jsonl[.gz] (or csv, parquet), or of one such file.
 
@@ -69,6 +86,8 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
     if Path(path).is_file():
         loader = next((loader for end, loader in LOADERS.items() if path.lower().endswith(end)), "json")
         files = {"path": loader, "data_files": {split: path}}
+        if loader == "csv":
+            check_csv(where, path)
     try:
         dataset = datasets.load_dataset(**files, split=split)
         if files["path"] == "text" and columns:  # a row a line, whatever the one column is to be called

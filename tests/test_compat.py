@@ -408,15 +408,29 @@ def test_policy_and_critic_are_there_by_their_old_names(gpt2_path, classifier_pa
     given = AutoModelForSequenceClassification.from_pretrained(classifier_path)
     trainer = build(gpt2_path, classifier_path, tmp_path, value_model=given)
     assert trainer.policy_model is trainer.policy
-    assert trainer.value_model is trainer.policy.critic
-    assert trainer.value_model.head is given.score, "the model that was given is trained in place"
+    assert trainer.value_model is given
+    assert trainer.policy.critic.head is given.score, "it is trained in place"
+    assert (other := build(gpt2_path, classifier_path, tmp_path, value_model=None)).value_model is other.policy.critic
 
 
 def test_trl_ppo_itself_names_all_old_settings_and_arguments_at_once(gpt2_path, tmp_path):
-    with pytest.raises(TypeError, match=r"num_ppo_epochs \(num_iterations now\), nonsense; trl_ppo.compat"):
+    with pytest.raises(TypeError, match=r"num_ppo_epochs \(now num_iterations\); nonsense; old names"):
         trl_ppo.PPOConfig(output_dir=str(tmp_path), num_ppo_epochs=2, nonsense=1)
-    with pytest.raises(UserError, match=r"^ref_model, reward_model: arguments of TRL's old PPOTrainer"):
+    old = {
+        "batch_size": "× num_mini_batches",
+        "reward_model_path": r"reward_funcs=RewardModel\(path\)",
+        "gama": "gamma\\?",
+    }
+    for name, hint in old.items():
+        with pytest.raises(TypeError, match=rf"{name} \(.*{hint}"):
+            trl_ppo.PPOConfig(output_dir=str(tmp_path), **{name: 1})
+    with pytest.raises(UserError, match=r"^ref_model, reward_model: PPOTrainer takes model, .*trl_ppo.compat"):
         trl_ppo.PPOTrainer(model=gpt2_path, args=None, ref_model=1, reward_model=2)
+    with pytest.raises(UserError, match=r"^args: str is no PPOConfig"):
+        trl_ppo.PPOTrainer(gpt2_path, len, gpt2_path, [])
+    args = trl_ppo.PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(UserError, match=r"'runs/nowhere' does not exist in /"):
+        trl_ppo.PPOTrainer("runs/nowhere", len, args, [1])
     with pytest.raises(UserError, match="needs reward_funcs, train_dataset"):
         trl_ppo.PPOTrainer(model=gpt2_path, args=trl_ppo.PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 

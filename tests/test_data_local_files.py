@@ -8,6 +8,8 @@ import pytest
 
 from data_helpers import fails_in_one_line, files_under, left_out, rows_of, run, write_rows
 from data_prep import local_files
+from models_and_data import load_split
+from trl_ppo.inputs import UserError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 REVIEWS = [{"review": f'review {i}, "quoted"\nsecond line', "stars": i % 5} for i in range(40)]
@@ -63,6 +65,33 @@ def test_a_file_that_is_not_utf_8_is_said_to_be_that(tmp_path):
         prepare(tmp_path, "--source", str(source), "--kind", "sft", "--columns", "text=review")
 
 
+@pytest.mark.parametrize("row", ["good food, nice staff,5", "good food,5,"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_row_of_more_fields_than_the_header_is_refused_with_its_line(tmp_path, row, first):
+    rows = [row, "a film,1"] if first else ["a film,1", row]
+    (tmp_path / "a.csv").write_text("\n".join(["review,stars", *rows]))
+    line = 2 if first else 3
+    with pytest.raises(SystemExit, match=rf"line {line} of .*a.csv has 3 fields, the header 2: .* in quotation marks"):
+        prepare(tmp_path, "--source", str(tmp_path / "a.csv"), "--kind", "sft", "--columns", "text=review")
+    with pytest.raises(UserError, match=rf"line {line} of .*a.csv has 3 fields"):
+        load_split(str(tmp_path / "a.csv"), "train", ["review"])
+
+
+def test_a_text_with_two_labels_stands_in_one_pair_alone_and_never_before_the_judge_too(tmp_path, capsys):
+    rows = [
+        {"review": f"review {i}", "stars": stars} for i in range(200) for stars in (4 - 3 * (i % 2), 5 - 3 * (i % 2))
+    ]
+    rows += [{"review": f"review {i}", "stars": 1 + i % 2} for i in range(0, 40, 2)]
+    options = ["--kind", "pairs", "--columns", "text=review", "--good", "stars=4,5", "--bad", "1,2"]
+    prepare(tmp_path, "--source", write_rows(tmp_path / "a.jsonl", rows), *options, "--judge_share", "0.4")
+    files = [tmp_path / "out" / kind / "train.jsonl" for kind in ("pairs", "judge_pairs")]
+    texts = [[text for pair in rows_of(file) for text in pair.values()] for file in files]
+    assert all(len(each) > 20 for each in texts)
+    together = texts[0] + texts[1]
+    assert len(together) == len({*together})
+    assert "the same text with another stars: " in capsys.readouterr().out
+
+
 def test_a_label_that_no_text_has_is_named(tmp_path):
     rows = [{"review": f"review {i}", "stars": i % 5} for i in range(20)]
     options = "--kind", "pairs", "--columns", "text=review", "--good", "stars=4,6", "--bad", "0"
@@ -78,7 +107,7 @@ def test_few_pairs_and_rows_that_are_replaced_are_said(tmp_path, capsys):
     assert "replaced" not in first
     prepare(tmp_path, "--source", write_rows(tmp_path / "a.jsonl", rows), *options)
     assert "replaced" not in capsys.readouterr().out, "the same rows"
-    prepare(tmp_path, "--source", write_rows(tmp_path / "b.jsonl", rows[:20]), *options)
+    prepare(tmp_path, "--source", write_rows(tmp_path / "b.jsonl", rows[:30]), *options)
     assert "pairs/train.jsonl: replaced, it held other rows" in capsys.readouterr().out
 
 

@@ -212,6 +212,14 @@ def test_the_state_of_the_latest_checkpoint_stands_in_for_the_runs(run_folder, t
     assert training.read_curves("nobody/nothing") is None
 
 
+def test_several_rewards_have_curves_of_their_own_by_trls_names_and_ours(tmp_path):
+    for names, shown in ((["rewards/a", "rewards/b"], 2), (["rewards/a/mean", "rewards/a/std"], 0)):
+        rows = [{"step": step, "objective/kl": 1.0, **dict.fromkeys(names, float(step))} for step in (1, 2)]
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+        curves = training.read_curves(str(tmp_path))["curves"]
+        assert [name for name in curves if name.startswith("rewards/")] == names[:shown]
+
+
 def test_several_runs_share_a_table_with_the_mean_over_runs_and_have_reports_of_their_own(run, run_folder, tmp_path):
     table = tmp_path / "table.md"
     table.write_text("not a run")
@@ -255,7 +263,7 @@ def test_best_of_n_stands_beside_the_tuned_model_and_a_judge_is_marked(run, gpt2
     assert found["at_equal_kl"]["tuned"]["mean"] == pytest.approx(np.mean(tuned))
     assert found["at_equal_kl"]["best_of_n"] == found["points"][0]["rewards"]["letters"]  # the model is its base: KL 0
     report = (output / "report.md").read_text()
-    assert "best-of-n at an equal KL" in report
+    assert "best-of-n at the same KL" in report
     assert "vowels (judge): mean" in report
     assert "letters (judge)" not in report
 

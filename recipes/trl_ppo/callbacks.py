@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -256,7 +257,8 @@ resumed run needs.
 
 
 def complete_card(trainer):
-    """Has TRL's model cards name a base that is no model of the Hub ("None"), and say what the critic's file is for."""
+    """Has TRL's model cards name a base that is no model of the Hub ("None"), start from a plain text where there is no
+    chat template, and say what the critic's file is for."""
     create = trainer.create_model_card
 
     def create_and_complete(*args, **kwargs):
@@ -267,6 +269,9 @@ def complete_card(trainer):
             said = f"is a fine-tuned version of `{base}`" if base else "was trained from scratch"
             text = card.read_text().replace("is a fine-tuned version of [None](https://huggingface.co/None)", said)
             text = text.replace('model="None"', f'model="{trainer.args.output_dir}"')
+            if getattr(trainer.processing_class, "chat_template", None) is None:  # a plain text is all that it reads
+                text = re.sub('question = ".*"', 'question = "The"', text)
+                text = text.replace('[{"role": "user", "content": question}]', "question").replace("=128", "=24")
             critic = CRITIC if hasattr(getattr(trainer, "policy", None), "critic") else ""
             card.write_text(text.rstrip() + "\n" + critic)
 

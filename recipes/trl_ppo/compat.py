@@ -153,6 +153,7 @@ class PPOTrainer(trainer.PPOTrainer):
                 callbacks=callbacks,
                 peft_config=peft_config,
             )
+        self._given_value_model = value_model
         if value_model is not None:
             attach_critic(self.policy, args, self.accelerator.device, value_model)
         elif not args.value_model_path:
@@ -168,7 +169,7 @@ class PPOTrainer(trainer.PPOTrainer):
     @property
     def value_model(self):
         """The critic: the model that was given, which is trained in place, or the value head on the policy."""
-        return self.policy.critic
+        return self.policy.critic if self._given_value_model is None else self._given_value_model
 
     def _tokenize_prompts(self, prompts):
         """The parent's: token ids, images, other inputs. The ids are the dataset's own, whatever text they make."""
@@ -234,7 +235,7 @@ class TokenReward(RewardModel):
         if any(hasattr(weight, "ds_id") for weight in model.parameters()):
             raise UserError("reward_model: ZeRO-3 has split it between the ranks; give RewardModel(path) in its place")
         self.model, self.tokenizer = model.to(args.device).eval().requires_grad_(False), tokenizer
-        self.device, self.batch_size = args.device, args.local_rollout_forward_batch_size
+        self.device, self.batch_size = args.device, getattr(args, "local_rollout_forward_batch_size", 64)
         self.label = label_index("reward_model", model.config.id2label, None)
         self._set_padding("reward_model", model.config)
         self.__name__ = "reward_model"

@@ -3,6 +3,8 @@
 import math
 import os
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,9 +16,9 @@ from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
 from .critic import check_critic_file
-from .inputs import UserError, check_numbers
+from .inputs import UserError, check_numbers, looks_local
 from .loading import load_skeleton
-from .settings import RENAMED, PPOSettings, setting
+from .settings import RENAMED, RENAMED_IN_PYTHON, PPOSettings, setting
 
 # GRPO's settings that mean nothing to PPO, each with what to do instead; a recipe's --help leaves them out.
 NOT_PPO = {
@@ -68,12 +70,9 @@ class PPOConfig(PPOSettings, GRPOConfig):
     REFUSED: ClassVar[dict[str, str]] = NOT_PPO
 
     def __new__(cls, *args, **given):  # before the TypeError of __init__, which names one unknown setting alone
-        known = {each.name for each in fields(cls) if each.init}
+        known = [each.name for each in fields(cls) if each.init]
         if unknown := [name for name in given if name not in known]:
-            now = [f"{name} ({RENAMED[name]} now)" if name in RENAMED else name for name in unknown]
-            raise TypeError(
-                f"{cls.__name__} has no setting {', '.join(now)}; trl_ppo.compat takes the names of TRL's old PPOConfig"
-            )
+            raise TypeError(unknown_settings(cls.__name__, unknown, known))
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -146,17 +145,31 @@ class PPOConfig(PPOSettings, GRPOConfig):
             raise ValueError(f"total_episodes: sets max_steps, which is {self.max_steps} already; give one of the two")
 
 
+def unknown_settings(cls, names, known):
+    """One line for settings that there are not: what an old one is now, and what a misspelt one is like."""
+    said = []
+    for name in names:
+        close = [f"did you mean {each}?" for each in get_close_matches(name, known, n=1, cutoff=0.75)]
+        hint = [f"now {now}" for old in (RENAMED_IN_PYTHON, RENAMED) if (now := old.get(name))] + close
+        said.append(f"{name} ({hint[0]})" if hint else name)
+    return f"{cls} has no setting {'; '.join(said)}; old names and new ones: recipes/guides/from_trl.md"
+
+
 def check_given(given, others):
     """UserError for an argument of `PPOTrainer` that is missing, or that TRL's old one had."""
     missing = [name for name, value in given.items() if value is None]
-    if old := sorted({"ref_model", "reward_model", "value_model"} & {*others}):
+    old = sorted({"ref_model", "reward_model", "value_model", "data_collator"} & {*others})
+    if old or not isinstance(given["args"], PPOConfig | None):
+        wrong = ", ".join(old) or f"args: {type(given['args']).__name__} is no PPOConfig"
         raise UserError(
-            f"{', '.join(old)}: arguments of TRL's old PPOTrainer, which trl_ppo.compat takes; here the reference "
-            "is made of the policy, reward_funcs are functions or RewardModel(path), and the critic is a value head or "
-            "value_model_path"
+            f"{wrong}: PPOTrainer takes model, reward_funcs, args and train_dataset. The reference is made of the "
+            "policy, reward_funcs are functions or RewardModel(path), the critic is a value head or value_model_path; "
+            "trl_ppo.compat takes the arguments of TRL's old one"
         )
     if missing:
         raise UserError(f"PPOTrainer needs {', '.join(missing)}")
+    if isinstance(given["model"], str) and looks_local(given["model"]) and not Path(given["model"]).exists():
+        raise UserError(f"model: {given['model']!r} does not exist in {Path.cwd()}; give a folder or a Hub id")
 
 
 def check_arguments(model, args, train_dataset, others):

@@ -19,6 +19,30 @@ RENAMED = {
     "exp_name": "run_name",
     "num_sample_generations": "eval_steps",
 }
+# What they are in a script, where that differs from a recipe; and TRL 0.11's that no recipe ever had.
+RENAMED_IN_PYTHON = {
+    "batch_size": "per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches",
+    "mini_batch_size": "per_device_train_batch_size",
+    "forward_batch_size": "per_device_train_batch_size",
+    "local_rollout_forward_batch_size": "RewardModel(batch_size=…)",
+    "stop_token": "left out: every end token of the model ends a completion",
+    "stop_token_id": "generation_kwargs, with an eos_token_id",
+    "sft_model_path": "PPOTrainer(model=path)",
+    "model_name": "PPOTrainer(model=path)",
+    "reward_model_path": "PPOTrainer(reward_funcs=RewardModel(path))",
+    "num_sample_generations": "eval_strategy, eval_steps and log_completions",
+    "steps": "total_episodes",
+    "target": "kl_target",
+    "horizon": "kl_horizon",
+    "adap_kl_ctrl": "kl_target",
+    "target_kl": "stop_epochs_at_kl",
+    "early_stopping": "stop_epochs_at_kl",
+    "use_score_scaling": "score_norm",
+    "kl_penalty": "kl_estimator",
+    "log_with": "report_to",
+    "world_size": "left to the launcher",
+    "dataset_num_proc": "left to your script",
+}
 
 
 def setting(default, help, **metadata):

@@ -24,7 +24,7 @@ from trl.trainer.utils import use_adapter
 
 from . import cpu_folder, formulas
 from .callbacks import RunningMean, StopOnSignal, add_callbacks, now
-from .checkpoints import checkpoint_to_resume, files_beside_the_policy, load_state, save_state
+from .checkpoints import checkpoint_to_resume, files_beside_the_policy, load_state, numbered, save_state, set_aside
 from .config import PPOConfig, check_arguments, check_given
 from .critic import attach_critic, critic_weights, drop_policy_gradients, split_group
 from .inputs import ScoreError, UserError, check_lengths, not_finite
@@ -341,6 +341,8 @@ class PPOTrainer(GRPOTrainer):
             if 0 < self.args.max_steps <= self.state.global_step:  # Trainer would take one step more
                 self._load_from_checkpoint(checkpoint)
                 return TrainOutput(self.state.global_step, 0.0, {})
+        elif self.is_world_process_zero():  # or a later resume would take an earlier run's for this one's
+            set_aside(numbered(self.args.output_dir))
         with StopOnSignal(self):
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
