@@ -6,6 +6,7 @@ from eval.tables import estimate_text, label_of
 SURPRISING = 100  # a base's perplexity on its own samples above which its language is poor
 NEWS = 0.1  # a share or a change below it is not worth a sentence of the verdict
 FEW = 100  # prompts below which all of it is a hint
+FAR = 15  # nats per completion
 
 
 def verdict(results: dict) -> list[str]:
@@ -14,19 +15,7 @@ def verdict(results: dict) -> list[str]:
     judges = [name for name in metrics["rewards"] if results["rewards"][name].get("judge")]
     trained = [name for name in metrics["rewards"] if name not in judges]
     n = results["prompts"]["n"]
-    found = []
-    if trained:
-        for name in trained:
-            sure = _way(metrics["rewards"][name]["mean"]["difference"]) != 0
-            unsure = "" if sure else "; these prompts do not tell them apart"
-            found.append(f"{_change(name, metrics['rewards'][name])}{_ties(results, name)}{unsure}.")
-        if _way(metrics["rewards"][trained[0]]["mean"]["difference"]) < 0:
-            found.append("The reward fell: are base and tuned the wrong way round?")
-        for name in judges:
-            says = _agreement(name, metrics["rewards"][name], metrics["rewards"][trained[0]])
-            found.append(f"{says}{_ties(results, name)}.")
-    else:
-        found += [f"{_change(name, metrics['rewards'][name])}; it is marked as a judge." for name in judges]
+    found = _on_rewards(results, metrics["rewards"], trained, judges)
     found[0] = f"On {n} prompts, b{found[0][1:]}"  # it begins with "By"
     if n < FEW:
         found.insert(1, f"{n} prompts are few: take all of this as a hint.")
@@ -36,13 +25,12 @@ def verdict(results: dict) -> list[str]:
     if "judged_base" in metrics:
         share = metrics["judged_base"]["tuned"]
         unsure = share["low"] is not None and share["low"] <= 0.5 <= share["high"]
+        said = f"which {n} prompts cannot tell from 50 %" if unsure else "where 50 % would be no difference"
         found.append(
             "Asked which of two completions is better, the pairwise judge takes the tuned model's "
-            f"{_percent(share['mean'])} of the time"
-            + (f", which {n} prompts cannot tell from 50 %." if unsure else "; 50 % would be no difference.")
+            f"{_percent(share['mean'])} of the time, {said}."
         )
-    kl = metrics["kl"]["tuned"]["mean"]
-    found.append(f"The tuned model is {kl:.1f} nats (KL per completion) from the base.")
+    found.append(f"The tuned model is {metrics['kl']['tuned']['mean']:.1f} nats (KL per completion) from the base.")
     if "rouge1" in metrics:
         base, tuned = _means(metrics["rouge1"])
         curves = (results.get("training") or {}).get("curves", {})
@@ -50,8 +38,41 @@ def verdict(results: dict) -> list[str]:
         seen = "; training logged it as a reward, so it is no independent witness" if logged else ""
         found.append(f"ROUGE-1 against the references goes from {100 * base:.1f} to {100 * tuned:.1f}{seen}.")
     found += _warnings(metrics, results["settings"]["max_new_tokens"])
+    found += _exploited(metrics, trained, judges)
     seeds = "" if results["kind"] == "runs" else " It is one model: another training seed may end elsewhere."
     return [*found, f"Nothing here measures grammar or sense: read the samples.{seeds}"]
+
+
+def _on_rewards(results: dict, rewards: dict, trained: list[str], judges: list[str]) -> list[str]:
+    """What each reward says, then what each judge does."""
+    if not trained:
+        return [f"{_change(name, rewards[name])}; it is marked as a judge." for name in judges]
+    found = []
+    for name in trained:
+        unsure = "" if _way(rewards[name]["mean"]["difference"]) else "; these prompts do not tell them apart"
+        found.append(f"{_change(name, rewards[name])}{_ties(results, name)}{unsure}.")
+    if _way(rewards[trained[0]]["mean"]["difference"]) < 0:
+        found.append("The reward fell: are base and tuned the wrong way round?")
+    return found + [f"{_agreement(name, rewards[name], rewards[trained[0]])}{_ties(results, name)}." for name in judges]
+
+
+def _exploited(metrics: dict, trained: list[str], judges: list[str]) -> list[str]:
+    """Whether the figures look like a reward that is exploited, by the limits of the guide; nothing without a judge."""
+    if not trained or not judges or _way(metrics["rewards"][trained[0]]["mean"]["difference"]) <= 0:
+        return []
+    lengths, words, surprise = (_means(metrics[name]) for name in ("length", "distinct_trigrams", "perplexity"))
+    ways = [_way(metrics["rewards"][name]["mean"]["difference"]) for name in judges]
+    signs = {
+        "a judge that does not rise with the reward": min(ways) < 1,
+        f"a KL above {FAR} nats": metrics["kl"]["tuned"]["mean"] > FAR,
+        "a length that changed by more than a quarter": abs(lengths[1] / lengths[0] - 1) > 0.25,
+        "far fewer distinct trigrams": None not in words and words[0] - words[1] > 0.2,
+        "a perplexity twice or half the base's": None not in surprise and not 0.5 < surprise[1] / surprise[0] < 2,
+    }
+    there = [sign for sign, is_there in signs.items() if is_there]
+    if there:
+        return [f"Look for a reward that is exploited: {', '.join(there)} (the guide says what to do)."]
+    return ["No figure here looks like a reward that is exploited; a judge of the reward's own kind may miss it."]
 
 
 def _change(name: str, reward: dict) -> str:

@@ -252,7 +252,36 @@ def test_a_win_rate_whose_interval_holds_one_half_is_not_praised():
         results["metrics"][f"judged_base{key}"] = results["metrics"]["judged_base"]
     assert "57\N{NO-BREAK SPACE}% of the time, which 40 prompts cannot tell from 50 %." in " ".join(verdict(results))
     results["metrics"]["judged_base"]["tuned"]["low"] = 0.51
-    assert "of the time; 50 % would be no difference." in " ".join(verdict(results))
+    assert "of the time, where 50 % would be no difference." in " ".join(verdict(results))
+
+
+def test_the_verdict_names_what_looks_like_an_exploited_reward_and_says_so_where_nothing_does():
+    results = make_results()
+    metrics = results["metrics"]
+    fine = {
+        "kl": {"tuned": {"mean": 5.0}},
+        "length": {"base": {"mean": 20.0}, "tuned": {"mean": 21.0}},
+        "distinct_trigrams": {"base": {"mean": 0.9}, "tuned": {"mean": 0.85}},
+        "perplexity": {"base": {"mean": 4.0}, "tuned": {"mean": 5.0}},
+    }
+    metrics |= fine
+    for name in ("reward", "judge"):
+        metrics["rewards"][name]["mean"]["difference"] |= {"low": 0.1, "high": 0.2}
+    assert verdict(results)[-2].startswith("No figure here looks like a reward that is exploited")
+    wrong = {
+        "kl": ({"tuned": {"mean": 15.1}}, "a KL above 15 nats"),
+        "length": ({"base": {"mean": 20.0}, "tuned": {"mean": 26.0}}, "a length that changed"),
+        "distinct_trigrams": ({"base": {"mean": 0.9}, "tuned": {"mean": 0.6}}, "far fewer distinct trigrams"),
+        "perplexity": ({"base": {"mean": 4.0}, "tuned": {"mean": 9.0}}, "a perplexity twice"),
+    }
+    for name, (value, words) in wrong.items():
+        metrics |= fine | {name: value}
+        assert verdict(results)[-2].startswith(f"Look for a reward that is exploited: {words}")
+    metrics |= fine
+    metrics["rewards"]["judge"]["mean"]["difference"] |= {"low": -0.1}
+    assert "exploited: a judge that does not rise with the reward (" in verdict(results)[-2]
+    metrics["rewards"]["reward"]["mean"]["difference"] |= {"low": -0.1}
+    assert "exploited" not in " ".join(verdict(results)), "the reward itself did not rise"
 
 
 def test_rouge_is_no_witness_of_a_run_that_was_rewarded_for_it():
@@ -335,7 +364,7 @@ def test_the_verdict_warns_of_answers_that_are_cut_off_longer_or_alike():
     for name, (values, words) in loud.items():
         metrics |= quiet | {name: values}
         assert len(verdict(results)) == said + 1
-        assert words in verdict(results)[-2]
+        assert words in " ".join(verdict(results))
 
 
 # --- Pictures in a grid -------------------------------------------------------------------------------------------
