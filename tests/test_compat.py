@@ -430,7 +430,7 @@ def test_trl_ppo_itself_names_all_old_settings_and_arguments_at_once(gpt2_path, 
         trl_ppo.PPOTrainer(gpt2_path, len, gpt2_path, [])
     args = trl_ppo.PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(UserError, match=r"'runs/nowhere' does not exist in /"):
-        trl_ppo.PPOTrainer("runs/nowhere", len, args, [1])
+        trl_ppo.PPOTrainer("runs/nowhere", len, args, [1] * 8)
     with pytest.raises(UserError, match="needs reward_funcs, train_dataset"):
         trl_ppo.PPOTrainer(model=gpt2_path, args=trl_ppo.PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 

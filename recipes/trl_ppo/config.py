@@ -168,8 +168,6 @@ def check_given(given, others):
         )
     if missing:
         raise UserError(f"PPOTrainer needs {', '.join(missing)}")
-    if isinstance(given["model"], str) and looks_local(given["model"]) and not Path(given["model"]).exists():
-        raise UserError(f"model: {given['model']!r} does not exist in {Path.cwd()}; give a folder or a Hub id")
 
 
 def check_arguments(model, args, train_dataset, others):
@@ -204,6 +202,8 @@ def check_arguments(model, args, train_dataset, others):
         raise UserError(f"train_dataset: rename column {min(taken)!r}; rewards get something else by that name")
     if args.critic_path is not None:
         check_critic_file(args)
+    if isinstance(model, str) and looks_local(model) and not Path(model).exists():
+        raise UserError(f"model: {model!r} does not exist in {Path.cwd()}; give a folder or a Hub id")
     if isinstance(model, str) and find_adapter_config_file(model) is None:
         load_skeleton(model, **({"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})))
     check_engine(args)
