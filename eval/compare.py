@@ -322,7 +322,7 @@ def best_of_n(picks: dict[str, np.ndarray], tuned: Samples | None, plan: Plan, a
     sizes = sorted({1, *args.best_of})
     found = measure_best_of_n(picks, sizes, reward, args.seed) | {"at_equal_kl": None}
     if tuned is not None:
-        kl = float(np.mean(tuned.kl))
+        kl = float(np.mean(tuned.kl[: len(picks[reward])]))
         compared = {
             name: compare_at_equal_kl(
                 picks[reward], np.array(tuned.scores[name][: len(values)]), kl, sizes, args.seed, values

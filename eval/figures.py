@@ -223,7 +223,7 @@ def _training(training: dict) -> Picture:
     for index, (name, points) in enumerate(curves.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.plot(*zip(*points, strict=True), color=TUNED, linewidth=1.2)
-        axes.set_title(CURVES.get(name, name))
+        axes.set_title(CURVES.get(name, f"{name.split('/')[1]}, as logged" if "/" in name else name))
         axes.locator_params(nbins=4)
         if index >= len(curves) - columns:
             axes.set_xlabel("step")
@@ -231,6 +231,8 @@ def _training(training: dict) -> Picture:
     description = f"Curves over training steps, first to last value: {ends}."
     healthy = "healthy: score and KL rise and level off, entropy stays well above 0, explained variance rises above 0"
     caption = f"Training, from {training['source']}; {healthy} (sick ones: recipes/guides/tune_ppo.md)"
+    if any(name.startswith("rewards/") for name in curves):
+        caption += "; “as logged”: the mean of one reward, whatever its weight, 0 included"
     return _picture(figure, "training", caption, description)
 
 

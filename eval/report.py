@@ -24,7 +24,7 @@ from trl_ppo.inputs import first_line
 SCHEMA_VERSION = 2
 TABLE_WIDTH = 140  # characters, where the output is not a terminal and so has no width of its own
 
-GUIDE = "How to read this, and what to do next: `recipes/guides/read_a_report.md`, where this program is."
+GUIDE = "How to read this, and what to do next: `recipes/guides/read_a_report.md` in the project's folder."
 
 LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, and those that reorder text

@@ -44,8 +44,8 @@ def parse_rewards(rewards: list[str], judges: list[str] = ()) -> dict[str, Rewar
         name, _, text = given.partition("=")
         spec = RewardSpec(name, text, judge)
         if not REWARD_NAME.fullmatch(name) or not text or text.startswith("#"):
-            forms = "NAME=module:function, NAME=file.py:function or NAME=classifier[#LABEL]"
-            raise UserError(f"{spec.option} {given}: expected {forms}")
+            forms = "NAME=folder or Hub id of a classifier[#LABEL], NAME=module:function or NAME=file.py:function"
+            raise UserError(f"{spec.option} {given}: expected {forms}, with a name of your choice")
         if name in specs:
             raise UserError(f"{spec.option} {given}: the name {name!r} is taken by {specs[name].spec}")
         same = next((other.name for other in specs.values() if judge > other.judge and is_same(spec, other)), None)

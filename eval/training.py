@@ -22,7 +22,7 @@ CURVES = {  # in the order in which they are shown, where a run has them; with t
     "eval_loss": "held-out loss",
     "loss": "loss",
 }
-MOST_CURVES = 8
+MOST_CURVES = 12
 REWARD = re.compile(r"rewards/[^/]+(/mean)?")  # PPO's and TRL's own name of a reward function's mean
 
 
@@ -51,7 +51,7 @@ def _curves(history: list[dict]) -> dict[str, list[list[float]]]:
     rewards = sorted({name for row in history for name in row if REWARD.fullmatch(name)})
     rewards = rewards if len(rewards) > 1 else []  # a single one is the score
     found = {}
-    for name in [*names[:2], *rewards, *names[2:]][:MOST_CURVES]:
+    for name in [*names[: MOST_CURVES - 4], *rewards][:MOST_CURVES]:
         points = [[row["step"], row[name]] for row in history if _is_number(row.get(name)) and "step" in row]
         if len(points) > 1:
             found[name] = points[:: math.ceil(len(points) / MOST_POINTS)]

@@ -52,14 +52,16 @@ def _on_rewards(results: dict, rewards: dict, trained: list[str], judges: list[s
         unsure = "" if _way(rewards[name]["mean"]["difference"]) else "; these prompts do not tell them apart"
         found.append(f"{_change(name, rewards[name])}{_ties(results, name)}{unsure}.")
     if _way(rewards[trained[0]]["mean"]["difference"]) < 0:
-        found.append("The reward fell: are base and tuned the wrong way round?")
+        found.append("The base's reward is higher: if tuned came from it, are the two the wrong way round?")
     return found + [f"{_agreement(name, rewards[name], rewards[trained[0]])}{_ties(results, name)}." for name in judges]
 
 
 def _exploited(metrics: dict, trained: list[str], judges: list[str]) -> list[str]:
-    """Whether the figures look like a reward that is exploited, by the limits of the guide; nothing without a judge."""
-    if not trained or not judges or _way(metrics["rewards"][trained[0]]["mean"]["difference"]) <= 0:
+    """Whether the figures look like a reward that is exploited, by the limits of the guide, where its gain is sure."""
+    if not trained or _way(metrics["rewards"][trained[0]]["mean"]["difference"]) <= 0:
         return []
+    if not judges:
+        return ["No judge was given (--judge), so nothing here can show whether the reward is exploited."]
     lengths, words, surprise = (_means(metrics[name]) for name in ("length", "distinct_trigrams", "perplexity"))
     ways = [_way(metrics["rewards"][name]["mean"]["difference"]) for name in judges]
     signs = {

@@ -282,6 +282,9 @@ def test_the_verdict_names_what_looks_like_an_exploited_reward_and_says_so_where
     assert "exploited: a judge that does not rise with the reward (" in verdict(results)[-2]
     metrics["rewards"]["reward"]["mean"]["difference"] |= {"low": -0.1}
     assert "exploited" not in " ".join(verdict(results)), "the reward itself did not rise"
+    metrics["rewards"]["reward"]["mean"]["difference"] |= {"low": 0.1}
+    del metrics["rewards"]["judge"]
+    assert verdict(results)[-2].startswith("No judge was given (--judge), so nothing here can show")
 
 
 def test_rouge_is_no_witness_of_a_run_that_was_rewarded_for_it():
