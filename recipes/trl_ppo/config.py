@@ -158,7 +158,9 @@ def unknown_settings(cls, names, known):
 def check_given(given, others):
     """UserError for an argument of `PPOTrainer` that is missing, or that TRL's old one had."""
     missing = [name for name, value in given.items() if value is None]
-    old = sorted({"ref_model", "reward_model", "value_model", "data_collator"} & {*others})
+    old = sorted(
+        {"ref_model", "reward_model", "value_model", "data_collator", "config", "tokenizer", "dataset"} & {*others}
+    )
     if old or not isinstance(given["args"], PPOConfig | None):
         wrong = ", ".join(old) or f"args: {type(given['args']).__name__} is no PPOConfig"
         raise UserError(
