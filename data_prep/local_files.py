@@ -231,6 +231,14 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         forms, keep = LABELLED, [args.good[0]]
     elif args.bad:
         raise SystemExit("--bad: needs --good; give it as column=value")
+    if args.good and (both := sorted({*args.good[1]} & {*(args.bad or [])})):
+        raise SystemExit(f"--bad {','.join(args.bad)}: {', '.join(both)} is in --good too; give each label once")
+    kept_apart = args.output / "judge_pairs"
+    if args.kind == "pairs" and not args.judge_share and kept_apart.exists():
+        raise SystemExit(
+            f"--output {args.output}: {kept_apart} holds texts that an earlier run kept apart from pairs; give "
+            "--judge_share too, another --output, or remove it"
+        )
     if args.judge_share and args.kind != "pairs":
         raise SystemExit("--judge_share: is for --kind pairs; leave it out")
     loader, sides = find_sides(args.source)

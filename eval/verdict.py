@@ -64,7 +64,11 @@ def _exploited(metrics: dict, trained: list[str], judges: list[str]) -> list[str
         return ["No judge was given (--judge), so nothing here can show whether the reward is exploited."]
     lengths, words, surprise = (_means(metrics[name]) for name in ("length", "distinct_trigrams", "perplexity"))
     ways = [_way(metrics["rewards"][name]["mean"]["difference"]) for name in judges]
+    shares = [_means(metrics["rewards"][name]["share_positive"]) for name in (trained[0], *judges)]
+    tell = [share for share in shares if min(share) < 1 - NEWS / 10 and max(share) > NEWS / 10]
+    apart = max((abs(share[1] - shares[0][1]) for share in tell), default=0) if shares[0] in tell else 0
     signs = {
+        f"reward and judge differ by {100 * apart:.0f} points in the share above 0": apart > 0.25,
         "a judge that does not rise with the reward": min(ways) < 1,
         f"a KL above {FAR} nats": metrics["kl"]["tuned"]["mean"] > FAR,
         "a length that changed by more than a quarter": abs(lengths[1] / lengths[0] - 1) > 0.25,

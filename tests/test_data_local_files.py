@@ -92,6 +92,19 @@ def test_a_text_with_two_labels_stands_in_one_pair_alone_and_never_before_the_ju
     assert "the same text with another stars: " in capsys.readouterr().out
 
 
+def test_a_judges_pairs_of_an_earlier_run_are_not_left_beside_other_pairs(tmp_path):
+    rows = [{"review": f"review {i}", "stars": i % 2} for i in range(80)]
+    options = ["--kind", "pairs", "--columns", "text=review", "--good", "stars=1"]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    prepare(tmp_path, "--source", source, *options, "--judge_share", "0.4")
+    before = (tmp_path / "out" / "pairs" / "train.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="judge_pairs holds texts that an earlier run kept apart"):
+        prepare(tmp_path, "--source", source, *options)
+    assert (tmp_path / "out" / "pairs" / "train.jsonl").read_bytes() == before
+    with pytest.raises(SystemExit, match="--bad 0,1: 1 is in --good too"):
+        prepare(tmp_path, "--source", source, *options, "--bad", "0,1", "--judge_share", "0.4")
+
+
 def test_a_label_that_no_text_has_is_named(tmp_path):
     rows = [{"review": f"review {i}", "stars": i % 5} for i in range(20)]
     options = "--kind", "pairs", "--columns", "text=review", "--good", "stars=4,6", "--bad", "0"

@@ -267,7 +267,11 @@ def test_the_verdict_names_what_looks_like_an_exploited_reward_and_says_so_where
     metrics |= fine
     for name in ("reward", "judge"):
         metrics["rewards"][name]["mean"]["difference"] |= {"low": 0.1, "high": 0.2}
+        metrics["rewards"][name]["share_positive"] = {"base": {"mean": 0.5}, "tuned": {"mean": 0.9}}
     assert verdict(results)[-2].startswith("No figure here looks like a reward that is exploited")
+    metrics["rewards"]["judge"]["share_positive"]["tuned"]["mean"] = 0.6
+    assert "exploited: reward and judge differ by 30 points in the share above 0 (" in verdict(results)[-2]
+    metrics["rewards"]["judge"]["share_positive"]["tuned"]["mean"] = 0.9
     wrong = {
         "kl": ({"tuned": {"mean": 15.1}}, "a KL above 15 nats"),
         "length": ({"base": {"mean": 20.0}, "tuned": {"mean": 26.0}}, "a length that changed"),
