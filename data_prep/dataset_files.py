@@ -151,19 +151,19 @@ def load_files(source: Source, loader: str, paths: Sequence[str]):
     options: dict[str, Any] = {"split": "train", "data_files": {"train": list(paths)}}
     named = source._replace(name=", ".join(paths))
     columns = first_columns(source, loader, paths[0]) if loader != "parquet" else []
-    if loader == "csv" and len(columns) == 1:  # a spreadsheet in a country of decimal commas writes semicolons
-        options["sep"] = next((each for each in ";\t" if each in columns[0]), ",")
-        columns = first_columns(source, loader, paths[0], options["sep"])
     if loader == "json":
         return JsonLines(load(named, path="text", **options), named, columns)
     if loader == "csv":
+        # A spreadsheet in a country of decimal commas writes semicolons.
+        separator = next((each for each in ";\t" if len(columns) == 1 and each in columns[0]), ",")
+        columns = first_columns(source, loader, paths[0], separator)
         try:
             for path in paths:
-                check_csv(f"{source.option} {source.name}", path, options.get("sep", ","))
+                check_csv(f"{source.option} {source.name}", path, separator)
         except UserError as error:
             raise SystemExit(str(error)) from None
         options["features"] = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-        options |= {"keep_default_na": False, "na_filter": False}  # a review that says NA is a review
+        options |= {"sep": separator, "keep_default_na": False, "na_filter": False}  # a review that says NA is a review
     return load(named, path=loader, **options)
 
 

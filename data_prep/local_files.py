@@ -60,7 +60,6 @@ KINDS = {
     "pairs": [("prompt", "chosen", "rejected"), ("chosen", "rejected")],
     "prompts": [("prompt",)],
 }
-LABELS = ", or make pairs of a label with --good"
 LABELLED = [("text",)]  # what pairs are made of with --good
 FEW_PAIRS = 100
 TEST_NAME = re.compile(r"(test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -120,7 +119,7 @@ def choose_columns(kind: str, forms, mapped: dict[str, str], keep: list[str], th
     allowed = [column for form in forms for column in form]
     for wanted, yours in mapped.items():
         if wanted not in allowed:
-            hint = LABELS if kind == "pairs" else ""
+            hint = ", or make pairs of a label with --good" if kind == "pairs" else ""
             wants = ", ".join(dict.fromkeys(allowed))
             raise SystemExit(f"--columns {wanted}={yours}: {kind} has {wants}; name one{hint}")
         if yours not in there:

@@ -48,8 +48,7 @@ def compare_at_equal_kl(
 
     `picked` (prompts, N) are the base's scores by the picking reward, `values` those by which the two are compared if
     these are another's, a judge's; `tuned` (prompts,) are the tuned model's. Between two n the score is interpolated
-    linearly in KL. `verdict` is "ahead", "behind", or "level" where the interval of
-    the paired difference holds 0.
+    linearly in KL. `verdict` is "ahead", "behind", or "level" where the interval of the paired difference holds 0.
     """
     values, largest = picked if values is None else values, max(sizes)
     reached = kl <= kl_bound(largest)

@@ -58,12 +58,8 @@ def load_prompts(
     UserError if two non-empty texts cannot be had.
     """
     columns = [column] + ([reference_column] if reference_column else [])
-    try:
-        rows = load_split(source, split, columns, key="--prompts")
-    except UserError as error:
-        if f"has no column {column}" not in str(error):
-            raise
-        raise UserError(f"{error}; name the one to take by --prompt_column") from error
+    options = "--prompt_column" + (" and --reference_column" if reference_column else "")
+    rows = load_split(source, split, columns, key="--prompts", advice=f"; name yours by {options}")
     rows = rows if shuffle is None else rows.shuffle(seed=shuffle)
     rows = rows.select(range(min(n, len(rows))))
     if len(rows) < 2:

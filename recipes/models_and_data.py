@@ -71,7 +71,7 @@ def check_csv(where: str, path: str, separator: str = ",") -> None:
                 )
 
 
-def load_split(path: str, split: str, columns=(), config: str | None = None, key: str = "dataset_name"):
+def load_split(path: str, split: str, columns=(), config: str | None = None, key: str = "dataset_name", advice=""):
     """One split of a Hub dataset, of a local folder of {train,test}.jsonl[.gz] (or csv, parquet), or of one such file.
 
     Raises:
@@ -104,7 +104,7 @@ def load_split(path: str, split: str, columns=(), config: str | None = None, key
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         there = ", ".join(dataset.column_names)
-        raise UserError(f"{where}: split {split!r} has no column {', '.join(missing)}; it has {there}")
+        raise UserError(f"{where}: split {split!r} has no column {', '.join(missing)}; it has {there}{advice}")
     if not len(dataset):
         raise UserError(f"{where}: split {split!r} has no rows")
     for column in columns:

@@ -27,6 +27,7 @@ from .config import setting
 from .critic import attach_critic
 from .inputs import UserError
 from .reward_model import RewardModel, label_index
+from .settings import RENAMED_IN_PYTHON as NOW
 
 FOLLOWS = "it follows from per_device_train_batch_size, gradient_accumulation_steps and total_episodes; set those"
 ADAPTER = "leave it out: the reference is the policy as it starts"
@@ -50,12 +51,12 @@ class PPOConfig(config.PPOConfig):
     response_length: int = setting(53, "max_completion_length")
     cliprange: float = setting(0.2, "epsilon")
     exp_name: str | None = setting(None, "run_name")
-    stop_token: Literal["eos"] | None = setting(None, "left out: every end token of the model ends a completion")
-    stop_token_id: int | None = setting(None, "generation_kwargs, with an eos_token_id")
-    sft_model_path: str = setting("EleutherAI/pythia-160m", "PPOTrainer(model=path)")
-    reward_model_path: str = setting("EleutherAI/pythia-160m", "PPOTrainer(reward_funcs=RewardModel(path))")
-    local_rollout_forward_batch_size: int = setting(64, "RewardModel(batch_size=…), or per_device_train_batch_size")
-    num_sample_generations: int = setting(10, "eval_strategy, eval_steps and log_completions")
+    stop_token: Literal["eos"] | None = setting(None, NOW["stop_token"])
+    stop_token_id: int | None = setting(None, NOW["stop_token_id"])
+    sft_model_path: str = setting("EleutherAI/pythia-160m", NOW["sft_model_path"])
+    reward_model_path: str = setting("EleutherAI/pythia-160m", NOW["reward_model_path"])
+    local_rollout_forward_batch_size: int = setting(64, NOW["local_rollout_forward_batch_size"])
+    num_sample_generations: int = setting(10, NOW["num_sample_generations"])
     batch_size: int | None = setting(None, FOLLOWS)
     local_batch_size: int | None = setting(None, FOLLOWS)
     micro_batch_size: int | None = setting(None, FOLLOWS)

@@ -122,9 +122,9 @@ def look_at_scores(trainer):
     scores = (rewards * trainer.reward_weights.cpu()[:, None]).nansum(0)
     constant = scores.max() - scores.min() <= 1e-6 * max(1, scores.abs().max())
     yield "constant", constant, scores[0]
-    apart = rewards.nan_to_num().max(1).values - rewards.nan_to_num().min(1).values
-    for name, weight, spread, values in zip(names, trainer.reward_weights.tolist(), apart, rewards, strict=True):
-        yield "idle reward", weight and not constant and spread == 0, name, values[0]
+    lowest, highest = rewards.nan_to_num().aminmax(dim=1)
+    for name, weight, low, high, own in zip(names, trainer.reward_weights, lowest, highest, rewards, strict=True):
+        yield "idle reward", weight != 0 and not constant and low == high, name, own[0]
     limit = math.inf if args.score_clip is None or args.score_norm else args.score_clip
     beyond = (scores.abs() >= limit).float().mean().item()
     yield "score clip", beyond > 0.9, beyond, limit

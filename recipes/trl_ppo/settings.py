@@ -24,7 +24,7 @@ RENAMED_IN_PYTHON = {
     "batch_size": "per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches",
     "mini_batch_size": "per_device_train_batch_size",
     "forward_batch_size": "per_device_train_batch_size",
-    "local_rollout_forward_batch_size": "RewardModel(batch_size=…)",
+    "local_rollout_forward_batch_size": "RewardModel(batch_size=…), or per_device_train_batch_size",
     "stop_token": "left out: every end token of the model ends a completion",
     "stop_token_id": "generation_kwargs, with an eos_token_id",
     "sft_model_path": "PPOTrainer(model=path)",
